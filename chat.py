@@ -1,0 +1,126 @@
+"""Talk to a checkpoint in the terminal.
+
+    python chat.py --init=out/quickstart/sft
+    python chat.py --init=out/quickstart/sft --prompt="Tom has 12 pens and buys 3 bags of 4 pens. How many pens?"
+
+The calculator is at hand: when the model calls it, the call and its result are shown and the model goes on. Commands: /new forgets the
+conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
+"""
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from common import parse_config, random_key, setup_distributed
+from data.calculator import TOOL, CalculatorError, calculate
+from engine import generate
+from tokenizer import ToolCallError, parse_tool_calls
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = ""                   # checkpoint folder: out/<name>, a step folder, or one of Hugging Face
+    prompt: str = ""                 # answer this one message and stop; empty: an interactive session
+    system: str = ""                 # system message
+    tools: bool = False              # write the calculator's signature into the prompt (large models need it; toy models never saw one)
+    max_new_tokens: int = 256        # bound on one answer, tool results included
+    temperature: float = 0.0         # 0: the most likely token; 1: as trained
+    top_p: float = 1.0               # below 1: sample from the smallest set of tokens with this mass
+    seed: int = 0                    # another seed, another sample
+
+
+def run_calls(text):
+    """-> results of the calls in a turn, as text; None if it makes none."""
+    if "<tool_call>" not in text:
+        return None
+    try:
+        _, calls = parse_tool_calls(text, [TOOL])
+    except ToolCallError as error:
+        return [json.dumps({"error": str(error)})]
+    results = []
+    for call in calls:
+        try:
+            results.append(calculate(call["arguments"]["expression"]))
+        except CalculatorError as error:
+            results.append(json.dumps({"error": str(error)}))
+    return results
+
+
+def reply(model, tokenizer, prompt_ids, cfg, turn, max_tool_turns=8):
+    """-> (ids after the prompt, text of the last turn). Prints what happens."""
+    turns = 0
+
+    def tools(_, __, ids):
+        nonlocal turns
+        text = tokenizer.decode(ids[:-1])
+        results = run_calls(text)
+        if results is None or turns == max_tool_turns:
+            return None
+        turns += 1
+        print(f"  {text.strip()}\n  -> {', '.join(results)}", flush=True)
+        return tokenizer.render_tool_results(results)
+
+    t0 = time.perf_counter()
+    rollout = generate(model, tokenizer, [prompt_ids], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+                       seed=random_key(cfg.seed, "chat", turn), tools=tools)[0][0]
+    last_turn = len(rollout.ids) - rollout.mask[::-1].index(0) if 0 in rollout.mask else 0
+    text = tokenizer.decode([i for i in rollout.ids[last_turn:] if i not in (tokenizer.end_of_turn_id, tokenizer.end_of_text_id)])
+    cut = "" if rollout.finish_reason == "stop" else " [cut at --max_new_tokens]"
+    print(f"{text}{cut}  ({sum(rollout.mask) / (time.perf_counter() - t0):.0f} tok/s)", flush=True)
+    return rollout.ids, text
+
+
+def main(cfg):
+    _, _, _, device = setup_distributed()
+    if not cfg.init:
+        raise ValueError("--init is empty: name a checkpoint folder, e.g. --init=out/quickstart/sft")
+    model, tokenizer = checkpoint.load_hf(checkpoint.newest(cfg.init), device)
+    if device.type == "cuda":
+        model.compute_dtype = torch.bfloat16
+    tools = [TOOL] if cfg.tools else None
+    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    history, turn = [], 0                                     # ids as they were sampled: the past is never rendered again
+
+    def ask(message):
+        nonlocal history
+        if history:
+            ids = history + tokenizer.encode("\n") + tokenizer.render_prompt([{"role": "user", "content": message}], continued=True)
+        else:
+            ids = tokenizer.render_prompt(start + [{"role": "user", "content": message}], tools)
+        new_ids, text = reply(model, tokenizer, ids, cfg, turn)
+        history = ids + new_ids
+        return text
+
+    if cfg.prompt:
+        text = ask(cfg.prompt)
+        print(json.dumps(dict(init=cfg.init, prompt=cfg.prompt, response=text), ensure_ascii=False))
+        return text
+    print("/new forgets, /raw TEXT continues plain text, /quit leaves")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+        turn += 1
+        if line == "/quit":
+            break
+        if line == "/new":
+            history = []
+        elif line.startswith("/raw "):
+            reply(model, tokenizer, tokenizer.encode(line.removeprefix("/raw ")), cfg, turn)
+        elif line.startswith("/"):
+            print("unknown command; there are /new, /raw TEXT and /quit")
+        elif line:
+            ask(line)
+    print(json.dumps(dict(init=cfg.init, turns=turn)))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_config(Config))
+    except ValueError as error:
+        sys.exit(f"chat.py: {error}")

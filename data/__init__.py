@@ -1,0 +1,129 @@
+"""Training data by name: open_sources("toy,mine=chats.jsonl", tokenizer, seq_len=176) -> {name: TokenFile}. Formats: data/README.md."""
+import difflib
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from common import progress
+from data import tokens
+from data.tokens import Chunk, TokenFile
+
+NUM_TOY = 10_000               # documents of a toy task, if it has as many
+NUM_TOY_VAL = 500
+
+
+def open_sources(spec, tokenizer, *, seq_len, cache_dir="out/cache", split="train", long="error", seed=0, num=None, val_share=0.01):
+    """-> {name: TokenFile} of `split`, in the order of `spec`; builds what is not in the cache yet.
+
+    spec: comma-separated `toy` (its six chat tasks), `toy/TASK`, `stdlib`, `gsm8k`, a path, or `NAME=` any one of these. A path gives one
+        source for its texts, named after the file, and one for each bucket of its conversations; NAME= puts them under one name.
+    long: a conversation over seq_len + 1 tokens: "error", or "drop" (counted in .num_dropped).
+    seed, num: of generated toy documents. val_share: held out where a source has no split of its own, 0 to below 1.
+    A source without held-out documents has length 0 with split="val"; with split="train" it is an error.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"expected split train or val, found {split!r}")
+    if not 0 <= val_share < 1:
+        raise ValueError(f"expected a held-out share of at least 0 and below 1, found {val_share}")
+    sources = {}
+    for item in spec.split(","):
+        for name, folder in _folders(item.strip(), tokenizer, cache_dir, seed, num, val_share):
+            if name in sources:
+                raise ValueError(f"--data={spec}: two sources are named {name}: rename one as NAME=..., or put the files in one folder")
+            source = TokenFile(folder, split, seq_len=seq_len, long=long, fingerprint=tokenizer.fingerprint())
+            if split == "train" and not len(source):
+                raise ValueError(f"--data={item}: nothing to train on in {name} ({source.describe()}; val_share {val_share}): {folder}")
+            sources[name] = source
+    return sources
+
+
+def parse_shares(text, sources):
+    """--mix "math:.6,code:.4" -> {"math": .6, "code": .4}; "" -> None, which is: as large as the sources are."""
+    shares = {}
+    for item in filter(None, text.split(",")):
+        name, _, share = item.rpartition(":")
+        name = name.strip()
+        if name not in sources:
+            raise ValueError(f"--mix={text}: no source is named {name!r}{_did_you_mean(name, sources)}")
+        if name in shares:
+            raise ValueError(f"--mix={text}: {name} is given twice")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            raise ValueError(f"--mix={text}: expected a number for {name}, found {share!r}") from None
+    return shares or None
+
+
+def _did_you_mean(name, names):
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else f", expected one of {', '.join(names)}"
+
+
+def _folders(item, tokenizer, cache_dir, seed, num, val_share):
+    """[(source name, folder)] of one item of --data."""
+    from data import toy                                    # here, since they import this package on their way in
+    prefix, equals, rest = item.partition("=")
+    given = prefix if equals and re.fullmatch(r"[\w.-]+", prefix) and not Path(item).exists() else None
+    item = rest if given else item
+    tasks = [f"toy/{task}" for task in toy.TEXT_TASKS + toy.CHAT_TASKS]
+    names = ["toy", "stdlib", "gsm8k", *tasks]
+    if item == "toy":
+        if given:
+            raise ValueError(f"--data={given}=toy: toy is six sources; name one of them: {given}=toy/{toy.CHAT_TASKS[0]}")
+        return [pair for task in toy.CHAT_TASKS for pair in _folders(f"toy/{task}", tokenizer, cache_dir, seed, num, val_share)]
+    if item in names:
+        name = given or item.removeprefix("toy/")
+        return [(name, _generated(item, tokenizer, cache_dir, seed, num, val_share))]
+    path = Path(item).expanduser()
+    if not item or not path.exists():
+        near = difflib.get_close_matches(item, names, n=1)
+        raise ValueError(f"--data: no source and no file is called {item!r}, expected a path or one of {', '.join(names)}"
+                         + (f"; did you mean {near[0]}?" if near else ""))
+    return _from_path(path, given, tokenizer, cache_dir, val_share)
+
+
+def _from_path(path, given, tokenizer, cache_dir, val_share):
+    stem = re.sub(r"[^\w.-]", "_", path.resolve().stem)     # a source's name is part of flags and of metric names
+    files = [file.resolve() for file in tokens.input_files(path)]
+    stats = [file.stat() for file in files]
+    key = [[str(f) for f in files], [[s.st_size, s.st_mtime_ns] for s in stats], tokenizer.fingerprint(), val_share, given]
+    root = tokens.cached(cache_dir, stem, key, lambda folder: tokens.write_sources(
+        folder, tokenizer, tokens.file_chunks(files, tokenizer, val_share, given), inputs=files))
+    folders = sorted(f for f in root.iterdir() if f.is_dir())
+    if given and len(folders) > 1:
+        raise ValueError(f"--data={given}={path}: texts and conversations cannot share a name; give them one path each")
+    return [(given or (stem if f.name == "text" else f.name.removeprefix("chat-")), f) for f in folders]
+
+
+def _generated(item, tokenizer, cache_dir, seed, num, val_share):
+    """Folder of a source that code in data/ makes."""
+    from data import gsm8k, stdlib, toy
+    task = item.removeprefix("toy/")
+    code = hashlib.blake2b(Path(sys.modules[f"data.{item.partition('/')[0]}"].__file__).read_bytes(), digest_size=8).hexdigest()
+
+    def documents():                                        # (split, text or record)
+        if item == "stdlib":
+            for split in ("train", "val"):
+                yield from ((split, text) for _, text in stdlib.files(split))
+        elif item == "gsm8k":                               # its test rows are for evaluation alone
+            for record in gsm8k.conversations("train"):
+                yield tokens.split_of(record["messages"][0]["content"], val_share), record
+        else:
+            make = toy.documents if task in toy.TEXT_TASKS else toy.conversations
+            yield from (("train", document) for document in make(task, "train", seed, num or NUM_TOY))
+            yield from (("val", document) for document in make(task, "test", seed, min(num or NUM_TOY_VAL, NUM_TOY_VAL)))
+
+    def chunks():
+        for number, (split, document) in enumerate(progress(documents(), desc=f"make {item}")):
+            if isinstance(document, str):
+                yield Chunk("source", split, tokens.encode_text(tokenizer, document))
+            else:
+                ids, mask = tokens.encode_chat(tokenizer, document, f"{item}: document {number}")
+                yield Chunk("source", split, ids, mask, line=number)
+
+    key = [item, code, sys.version, tokenizer.fingerprint(), val_share, seed, num]
+    root = tokens.cached(cache_dir, item.replace("/", "-"), key,
+                         lambda folder: tokens.write_sources(folder, tokenizer, chunks(), inputs=[item]))
+    return root / "source"

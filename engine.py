@@ -1,0 +1,235 @@
+"""Batched generation with a KV cache: token ids in, sampled token ids and their log-probabilities out.
+
+Slots, not pages: the cache is one tensor per layer with a row per running sample. A prompt is computed once and its keys and values are
+copied to the rows of its samples. Rows have their own lengths, so prompts are never padded on the left. Freed rows are refilled.
+
+What a sample becomes depends on (seed of its prompt, sample index, position) and the weights, never on its neighbours or its row.
+"""
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from common import progress, random_key
+
+
+@dataclass
+class Rollout:
+    """Everything after the prompt. ids: sampled tokens (the stop token included) and, between turns, tokens that tools appended.
+    logps: log-probability of each id at the sampling temperature, full distribution; 0 where not sampled. mask: 1 where sampled.
+    finish_reason: "stop" (a stop id was sampled) or "length" (max_new_tokens was reached)."""
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+
+
+class Cache:
+    """Keys and values (layers, slots, Hkv, positions, K). A forward call works on `rows`, a LongTensor of slots or a slice of them."""
+
+    def __init__(self, model, num_slots, num_positions):
+        c, p = model.config, model.lm_head.weight
+        shape = (c.num_layers, num_slots, c.num_kv_heads, num_positions, c.head_dim)
+        self.k = torch.zeros(shape, dtype=model.compute_dtype, device=p.device)
+        self.v = torch.zeros(shape, dtype=model.compute_dtype, device=p.device)
+        self.rows, self.used, self.index = None, 0, None
+
+    def mask(self, positions):
+        """(B,1,T,keys): a query sees keys at its own position and before. Called by the model once per forward, before update."""
+        rows = torch.arange(self.k.shape[1], device=self.k.device)[self.rows]
+        self.index = (rows[:, None], slice(None), positions)
+        return (torch.arange(self.used, device=positions.device) <= positions[..., None])[:, None]
+
+    def update(self, layer, k, v):
+        """Writes k, v (B,Hkv,T,K) at their positions; -> all keys and values of the rows up to `used`."""
+        self.k[layer][self.index] = k.transpose(1, 2)               # advanced indices around a slice put (B,T) in front
+        self.v[layer][self.index] = v.transpose(1, 2)
+        return self.k[layer][self.rows, :, :self.used], self.v[layer][self.rows, :, :self.used]
+
+    def copy_row(self, source, targets, length):
+        for t in (self.k, self.v):
+            t[:, targets, :, :length] = t[:, source:source + 1, :, :length]
+
+
+def extend(model, cache, rows, new_ids, lengths):
+    """Appends new_ids (list of id lists, their sizes may differ) to `rows`, which hold `lengths` tokens (list of ints).
+
+    Prefill (lengths 0), decoding (one id each) and tool results are this one function. -> logits (B,V) fp32 after each row's last id.
+    Rows shorter than the longest write filler keys beyond their end; these are masked until real tokens overwrite them.
+    """
+    device = model.lm_head.weight.device
+    sizes = torch.tensor([len(ids) for ids in new_ids])
+    T = int(sizes.max())
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in new_ids], device=device)
+    starts = torch.tensor(lengths)
+    positions = (starts[:, None] + torch.arange(T)).clamp(max=cache.k.shape[3] - 1).to(device)       # (B, T)
+    cache.rows, cache.used = rows, min(max(lengths) + T, cache.k.shape[3])
+    hidden = model(ids, positions, cache=cache)
+    last = hidden[torch.arange(len(new_ids), device=device), (sizes - 1).to(device)]                  # (B, D)
+    return head_logits(last, model.lm_head.weight)
+
+
+def head_logits(hidden, weight):
+    """fp32 logits with the arithmetic of kernels.linear_logprob: product in the compute dtype, accumulated and kept in fp32."""
+    if hidden.dtype == torch.float32:
+        return F.linear(hidden, weight.float())
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden.float(), weight.float())
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+
+def uniform(keys, positions):
+    """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,). Same bits on every device."""
+    def mix(x):                                                    # int64 products wrap; shifts are made logical by masking
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+        return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    x = mix(mix(keys + positions * -7046029254386353131) + -7046029254386353131)
+    return ((x >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0 ** -53
+
+
+def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
+    """logits (B,V) fp32, u (B,) fp64 -> token (B,) int64, logp (B,) fp32.
+
+    Inverse CDF in fp64: the first token whose running mass exceeds u. Temperature 0 is argmax, with logp at temperature 1. top_p < 1
+    samples from the smallest set of mass >= top_p; logp stays that of the full distribution, which is why RL uses top_p = 1. Columns from
+    num_tokens on, which pad a vocabulary and are no tokens, are never drawn.
+    """
+    if temperature == 0:
+        token = logits[:, :num_tokens].argmax(-1)
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    logps = (logits / temperature).log_softmax(-1)
+    probs = logps[:, :num_tokens].double().exp()
+    if top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p             # tokens before which the mass was already there
+        probs = probs.masked_fill(beyond.gather(1, order.argsort(-1)), 0.0)
+    running = probs.cumsum(-1)
+    token = torch.searchsorted(running, (u * running[:, -1])[:, None], right=True)[:, 0]
+    last = probs.shape[1] - 1 - (probs > 0).flip(1).int().argmax(1)  # rounding may leave u at the very end, past the last token with mass
+    token = torch.minimum(token, last)
+    return token, logps.gather(1, token[:, None])[:, 0]
+
+
+# -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, tools=None,
+             stop_ids=None, max_slots=64, desc=""):
+    """-> per prompt, a list of num_samples Rollouts.
+
+    prompts: lists of token ids (tokenizer.render_prompt makes them from messages, tokenizer.encode from text).
+    max_new_tokens: bound on everything after the prompt, tool results included.
+    seed: an int for all, or one int per prompt, for callers whose prompts have global numbers (ranks, resumed runs).
+    tools: called as tools(prompt_index, sample_index, ids) when a sample ends a turn with end-of-turn, ids being that turn's; returns the
+      ids to append (results and the next generation prompt, tokenizer.render_tool_results), or None when the rollout is over.
+    stop_ids: default the tokenizer's end-of-turn and end-of-text. max_slots: samples that run at once (memory). desc: draws a progress bar.
+    """
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError("generate needs whole weights on every rank, found FSDP shards: evaluate the saved checkpoint, or use --parallel=ddp")
+    if not prompts:
+        return []
+    empty = [i for i, p in enumerate(prompts) if not len(p)]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty: there is nothing to continue")
+    if max_new_tokens < 1 or num_samples < 1 or not 0 < top_p <= 1 or temperature < 0:
+        raise ValueError(f"expected max_new_tokens >= 1, num_samples >= 1, 0 < top_p <= 1, temperature >= 0; found {max_new_tokens}, "
+                         f"{num_samples}, {top_p}, {temperature}")
+    if stop_ids is None:
+        stop_ids = {tokenizer.end_of_turn_id, tokenizer.end_of_text_id} - {None}
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [random_key(seed, i) for i in range(len(prompts))]
+    device = model.lm_head.weight.device
+    num_slots = max(min(max_slots, len(prompts) * num_samples), num_samples)
+    cache = Cache(model, num_slots, max(map(len, prompts)) + max_new_tokens)
+    rollouts = [[Rollout() for _ in range(num_samples)] for _ in prompts]
+    bar = iter(progress(range(len(prompts) * num_samples), desc=desc)) if desc else None
+
+    waiting = list(range(len(prompts)))[::-1]
+    free = list(range(num_slots))[::-1]
+    running = {}                                                    # slot -> [prompt, sample, tokens in the cache, start of the turn]
+    keys = torch.zeros(num_slots, dtype=torch.int64)
+
+    def take(slots, logits):
+        """Samples one token for each slot; -> {slot: ids to append next}. Slots that finish are freed."""
+        where = torch.tensor([len(rollouts[running[s][0]][running[s][1]].ids) for s in slots])
+        u = uniform(keys[torch.tensor(slots)], where).to(device)
+        tokens, logps = (x.tolist() for x in sample(logits, u, temperature, top_p, tokenizer.vocab_size))
+        append = {}
+        for slot, token, logp in zip(slots, tokens, logps):
+            prompt, number, _, turn = running[slot]
+            r = rollouts[prompt][number]
+            r.ids.append(token), r.logps.append(logp), r.mask.append(1)
+            append[slot] = [token]
+            if token in stop_ids:
+                more = tools(prompt, number, r.ids[turn:]) if tools and token == tokenizer.end_of_turn_id else None
+                if more is None:
+                    r.finish_reason = "stop"
+                elif len(r.ids) + len(more) >= max_new_tokens:      # no room for the result and one more token
+                    r.finish_reason = "length"
+                else:
+                    r.ids += more
+                    r.logps += [0.0] * len(more)
+                    r.mask += [0] * len(more)
+                    append[slot] = [token, *more]
+                    running[slot][3] = len(r.ids)
+            elif len(r.ids) >= max_new_tokens:
+                r.finish_reason = "length"
+            if r.finish_reason:
+                r.text = tokenizer.decode(r.ids[:-1] if r.ids[-1] in stop_ids else r.ids)
+                del running[slot], append[slot]
+                free.append(slot)
+                if bar:
+                    next(bar, None)
+        return append
+
+    pending = {}
+    while waiting or running:
+        # refill in batches, not one by one: a prefill call costs as much as a decode step
+        if waiting and len(free) >= num_samples and (not running or len(free) >= max(num_samples, num_slots // 4)):
+            groups = []
+            while waiting and len(free) >= num_samples:
+                prompt = waiting.pop()
+                groups.append((prompt, [free.pop() for _ in range(num_samples)]))
+            firsts = torch.tensor([slots[0] for _, slots in groups], device=device)
+            logits = extend(model, cache, firsts, [list(prompts[p]) for p, _ in groups], [0] * len(groups))
+            for prompt, slots in groups:
+                if num_samples > 1:
+                    cache.copy_row(slots[0], slots[1:], len(prompts[prompt]))
+                for number, slot in enumerate(slots):
+                    running[slot] = [prompt, number, len(prompts[prompt]), 0]
+                    keys[slot] = random_key(seeds[prompt], number)
+            slots = [s for _, group in groups for s in group]
+            pending |= take(slots, logits.repeat_interleave(num_samples, dim=0))
+            continue
+        if not waiting and 2 * len(running) <= max(running) + 1:     # the tail of a batch: move the last samples together
+            order = sorted(running)
+            cache.k[:, :len(order)], cache.v[:, :len(order)] = cache.k[:, order], cache.v[:, order]
+            keys[:len(order)] = keys[order]
+            running = {new: running[old] for new, old in enumerate(order)}
+            pending = {new: pending[old] for new, old in enumerate(order)}
+        # tool results (many ids) go apart from decoding (one id), so that they do not widen the batch for the rest
+        wide = sorted(s for s in pending if len(pending[s]) > 1)
+        if wide:
+            logits = extend(model, cache, torch.tensor(wide, device=device), [pending[s] for s in wide], [running[s][2] for s in wide])
+            for s in wide:
+                running[s][2] += len(pending.pop(s))
+            pending |= take(wide, logits)
+        # decoding runs on a contiguous range of rows, a view of the cache; rows in it that have nothing to append write a filler key at
+        # their end, where the next real token overwrites it
+        slots = sorted(s for s in pending if len(pending[s]) == 1)
+        if slots:
+            rows = range(slots[-1] + 1)
+            ids = [pending.get(s, [0])[:1] for s in rows]
+            logits = extend(model, cache, slice(0, len(rows)), ids, [running[s][2] if s in running else 0 for s in rows])
+            for s in slots:
+                running[s][2] += 1
+                del pending[s]
+            pending |= take(slots, logits[slots])
+    return rollouts

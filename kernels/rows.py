@@ -1,0 +1,106 @@
+"""Triton row kernels: one program per row of a chunk of logits. Imported only where the Triton path runs.
+
+Each program loads its row once, as vectors of 128 bits, keeps it in registers, and writes its own elements: no atomics, nothing
+to tune, and int64 row offsets, since N V passes 2^31 at 16384 rows of 151936. Two habits to keep:
+
+  vectors   a load is masked at `n_load`, n rounded up to 16, which the launcher knows to be divisible by 16; masked at n it would
+            compile to 32 scalar loads. What lies between n and n_load is garbage and is selected away by column.
+  upcast    every load is made fp32 at once: the interpreter (TRITON_INTERPRET=1) computes garbage with bf16 values.
+"""
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _logits(x, bias_ptr, cols, n_load, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(z, u): raw logits to capped and tempered ones, and tanh(raw / softcap)."""
+    u = x
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + cols, mask=cols < n_load, other=0.0)
+    if HAS_SOFTCAP:
+        # tanh without libdevice; the absolute error of 1e-7 becomes 1e-7 * softcap in z
+        u = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / softcap))
+        x = tl.where(x == -float("inf"), x, softcap * u)  # a masked column stays masked
+    return x * inv_temperature, u
+
+
+@triton.jit(do_not_specialize=["n", "first"])
+def _stats(x_ptr, bias_ptr, targets_ptr, z_y_ptr, max_ptr, sum_ptr, dot_ptr, e_ptr, n, n_load, first, x_stride, e_stride,
+           softcap, inv_temperature,
+           BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAVE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_load, other=0.0).to(tl.float32)
+    z, _ = _logits(x, bias_ptr, cols, n_load, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    z = tl.where(cols < n, z, -float("inf"))
+
+    target = (tl.load(targets_ptr + row) - first).to(tl.int32)
+    if (target >= 0) & (target < n):
+        tl.store(z_y_ptr + row, tl.sum(tl.where(cols == target, z, 0.0), 0))
+    z_max = tl.max(z, 0)
+    # a row of -inf keeps z_max = -inf for the merge, but -inf - -inf is nan
+    gap = z - tl.where(z_max == -float("inf"), 0.0, z_max)
+    e = tl.exp(gap)
+    tl.store(max_ptr + row, z_max)
+    tl.store(sum_ptr + row, tl.sum(e, 0))
+    tl.store(dot_ptr + row, tl.sum(tl.where(e > 0.0, gap * e, 0.0), 0))  # 0 * -inf is nan
+    if SAVE:
+        tl.store(e_ptr + row * e_stride + cols, e.to(e_ptr.dtype.element_ty), mask=cols < n_load)
+
+
+@triton.jit(do_not_specialize=["n", "first"])
+def _dz(x_ptr, bias_ptr, targets_ptr, lse_ptr, shift_ptr, base_ptr, g_entropy_ptr, dz_y_ptr, dz_ptr, n, n_load, first, x_stride,
+        dz_stride, softcap, inv_temperature,
+        BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAVED: tl.constexpr):
+    """x holds raw logits, or with SAVED the exponentials that _stats wrote. dz may be x, if the dtypes agree."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_load, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + row)
+    if SAVED:
+        shift = tl.load(shift_ptr + row)
+        p = x * tl.exp(shift)
+        log_p = tl.log(x) + shift
+        u = (log_p + lse) / (softcap * inv_temperature)
+    else:
+        z, u = _logits(x, bias_ptr, cols, n_load, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        log_p = z - lse
+        p = tl.exp(log_p)
+    dz = p * tl.load(base_ptr + row)
+    if HAS_ENTROPY:
+        dz -= tl.load(g_entropy_ptr + row) * tl.where(p > 0.0, p * log_p, 0.0)
+    if HAS_SOFTCAP:
+        dz = tl.where(p > 0.0, dz * (1.0 - u * u), 0.0)
+    # the target's entry comes exact, with 1 - p = -expm1(logp), from vectors of N
+    target = (tl.load(targets_ptr + row) - first).to(tl.int32)
+    dz = tl.where(cols == target, tl.load(dz_y_ptr + row), dz * inv_temperature)
+    tl.store(dz_ptr + row * dz_stride + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < n_load)
+
+
+def stats(x, bias, targets, first, temperature, softcap, z_y, chunk_max, chunk_sum, chunk_dot, save=None):
+    """Statistics of one chunk of raw logits x (N, n) fp32; columns `first` and up of the vocabulary. Writes z_y, where the target
+    is in the chunk, chunk_max, chunk_sum, chunk_dot (all (N,) fp32), and exp(z - max) into save (N, n) if given."""
+    N, n = x.shape
+    with torch.cuda.device_of(x):
+        _stats[(N,)](x, bias, targets, z_y, chunk_max, chunk_sum, chunk_dot, save, n, _round_up(n), first, x.stride(0),
+                     0 if save is None else save.stride(0), softcap or 1.0, 1.0 / temperature,
+                     HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, SAVE=save is not None, **_shape(n))
+
+
+def dz(x, bias, shift, targets, first, temperature, softcap, lse, base, g_entropy, dz_y, out):
+    """out (N, n) = gradient of the raw logits, from those logits, or with `shift` = m_c - lse (N,) from saved exponentials."""
+    N, n = x.shape
+    with torch.cuda.device_of(x):
+        _dz[(N,)](x, bias, targets, lse, shift, base, g_entropy, dz_y, out, n, _round_up(n), first, x.stride(0), out.stride(0),
+                  softcap or 1.0, 1.0 / temperature, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+                  HAS_ENTROPY=g_entropy is not None, SAVED=shift is not None, **_shape(n))
+
+
+def _round_up(n):
+    return -(-n // 16) * 16
+
+
+def _shape(n):
+    block = max(triton.next_power_of_2(n), 16)
+    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}

@@ -1,0 +1,384 @@
+"""The decoder Transformer: Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM2 are one model and five settings.
+
+Parameters carry their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`), so that a checkpoint needs no translation table.
+Here too: scalar heads, LoRA, optimizer groups (AdamW, Muon), DDP and FSDP2 wrapping, FLOPs and memory estimates.
+
+    B sequences   T tokens   D width   H query heads   Hkv key/value heads   K head size   V vocabulary
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotations (the released `rope_type: llama3`)."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int = 4096        # what the model was trained for; longer inputs run, and are the caller's risk
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False           # Qwen2, Qwen2.5
+    qk_norm: bool = False            # Qwen3
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs")
+
+
+# From-scratch sizes, by name; vocab_size comes from the tokenizer. Parameters without tables: 0.1M, 0.9M, 3.1M, 25M, 0.44B.
+SIZES = {
+    "nano": dict(hidden_size=64, intermediate_size=192, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32),
+    "tiny": dict(hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32),
+    "mini": dict(hidden_size=256, intermediate_size=768, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64),
+    "small": dict(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64),
+    "base": dict(hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128),
+}
+
+
+def config_for_size(size, vocab_size, max_positions=4096):
+    """A from-scratch config. q/k norm (Qwen3's) keeps small models stable at the high rates they are trained with."""
+    if size not in SIZES:
+        raise ValueError(f"--size={size} is unknown; the sizes are {', '.join(SIZES)}")
+    return ModelConfig(vocab_size=vocab_size, max_positions=max_positions, qk_norm=True, **SIZES[size])
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input. The weight may be an fp32 master: precision is decided once, where embeddings are cast."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + (alpha / rank) · x Aᵀ Bᵀ with W frozen (arXiv 2106.09685). B starts at 0, so training starts at the base model."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        # statistics in fp32, as the released models compute them; the scale is applied in the input's dtype
+        wide = x.float()
+        return self.weight.to(x.dtype) * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def inverse_frequencies(config):
+    """(K/2,) fp32 rotation speeds, radians per position."""
+    # the released models' arithmetic, bit by bit: a rounding error here grows with the position, to 1e-3 radians at 10,000
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    s = config.rope_scaling
+    if s is None:
+        return freqs
+    # slow rotations are slowed by `factor`, fast ones kept, those between blended by how many turns fit the original context
+    turns = s.original_max_positions / (2 * math.pi / freqs)
+    keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return keep * freqs + (1 - keep) * freqs / s.factor
+
+
+def rotate(x, cos, sin):
+    """x (B,H,T,K); cos, sin (B,1,T,K/2). Pairs are (i, i + K/2), Hugging Face's layout, not interleaved."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_heads != config.num_kv_heads
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(config.head_dim, config.norm_eps), RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)           # (B, Hkv, T, K)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                       # (B, Hkv, keys so far, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """The part that Hugging Face calls `model`: embeddings, blocks, final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config, compute_dtype=torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.recompute_activations = False          # activation checkpointing: trades a second forward for most of the memory
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def init_weights(self, seed):
+        """From scratch: variance 1/fan-in, residual outputs at 0 so that every block starts as the identity, small embeddings."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            with torch.no_grad():
+                if p.ndim < 2:
+                    p.fill_(0.0 if name.endswith("bias") else 1.0)
+                elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                    p.zero_()
+                else:
+                    std = 0.02 if "embed_tokens" in name or "lm_head" in name else p.shape[1] ** -0.5
+                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+        return self
+
+    def forward(self, ids, positions=None, doc_ids=None, cache=None):
+        """-> hidden (B,T,D) in compute_dtype, after the final norm.
+
+        ids (B,T) int64. positions (B,T) int64, default 0..T-1. doc_ids (B,T): tokens see only earlier tokens of their own document; None
+        is one document per row. With a cache (engine.py), keys and values of earlier calls are seen too, by position.
+        """
+        B, T = ids.shape
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+        angles = positions[:, None, :, None].float() * self.inv_freq                        # (B, 1, T, K/2)
+        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        mask = None                                                                         # None means causal
+        if cache is not None:
+            mask = cache.mask(positions)                                                    # (B, 1, T, keys) bool
+        elif doc_ids is not None:
+            mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]             # (B, 1, T, T) bool
+        x = self.model.embed_tokens(ids).to(self.compute_dtype)
+        for i, block in enumerate(self.model.layers):
+            if self.recompute_activations and torch.is_grad_enabled():
+                x = recompute(block, x, cos, sin, mask, cache, i, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, i)
+        return self.model.norm(x)
+
+    def logits(self, ids):
+        """-> (B,T,V) fp32. For looking at and for tests: training goes through kernels.linear_logprob and never makes them."""
+        return F.linear(self(ids).float(), self.lm_head.weight.float())
+
+
+class ScalarHead(nn.Module):
+    """hidden (..., D) -> (...) fp32: a value, a reward, or a logit. Starts at exactly 0."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(hidden_size)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden):
+        return hidden.float() @ self.weight + self.bias
+
+
+# -----------------------------------------------------------------------------
+# LoRA: every linear layer of the blocks
+
+
+def add_lora(model, rank, alpha, seed=0):
+    """Freezes the model and gives each block's linear layers an A and a B. Names of the base weights stay as they were."""
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, found {rank}")
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block in model.model.layers:
+            for parent in (block.self_attn, block.mlp):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, Linear):
+                        setattr(parent, name, LoRALinear(child, rank, alpha))
+    return model
+
+
+def merged_state_dict(state_dict, scale):
+    """Full-size tensors by name with W + scale·BA in place of (W, A, B): what a LoRA model exports. scale = alpha / rank."""
+    merged = {}
+    for name, tensor in state_dict.items():
+        if name.endswith(("lora_A", "lora_B")):
+            continue
+        stem = name.removesuffix("weight")
+        if stem + "lora_A" in state_dict:
+            update = state_dict[stem + "lora_B"].double() @ state_dict[stem + "lora_A"].double()
+            tensor = (tensor.double() + scale * update).to(tensor.dtype)
+        merged[name] = tensor
+    return merged
+
+
+# -----------------------------------------------------------------------------
+# Optimizers and processes
+
+
+def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """-> list of optimizers; each group remembers `initial_lr` for the schedule.
+
+    muon_lr > 0 gives the blocks' matrices to Muon (its update has unit scale, so its rate is about ten times AdamW's) and the rest,
+    embeddings, head, norms and biases, to AdamW. Weight decay touches matrices only.
+
+    Muon's Newton-Schulz iteration runs in bfloat16: under FSDP its products are summed in another order, and the update equals the unsharded
+    one to bfloat16 rounding (about 2 % of its norm), not bit by bit. AdamW's is equal to fp32 rounding.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and "layers." in n]
+    tables = [p for n, p in named if p.ndim == 2 and "layers." not in n]
+    vectors = [p for n, p in named if p.ndim != 2]
+    on_muon = matrices if muon_lr > 0 else []
+    groups = [dict(params=tables + ([] if on_muon else matrices), weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    sharded = any(hasattr(p, "full_tensor") for _, p in named)
+    groups = [g for g in groups if g["params"]]                                    # LoRA has no tables, and with Muon no group at all
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=not sharded)] if groups else []
+    if on_muon:
+        optimizers.append(torch.optim.Muon(on_muon, lr=muon_lr, weight_decay=weight_decay, momentum=0.95))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def parallelize(model, parallel, device, world_size):
+    """-> the module whose forward to call. parallel: ddp | fsdp. One process needs neither. model.compute_dtype is final by now.
+
+    fsdp shards in place (FSDP2): blocks one by one, embeddings, final norm and head in the root group, whose weights stay whole between
+    forward and backward, because linear_logprob uses lm_head.weight outside of forward.
+    """
+    if world_size == 1:
+        return model
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.type, (world_size,))
+    # blocks are gathered in the compute dtype: the copies that Linear would make live until the backward, whole, and undo the sharding
+    precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def set_gradient_sync(wrapped, sync):
+    """Gradients cross ranks once per step, with the last micro-batch."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped.require_backward_grad_sync = sync
+    elif hasattr(wrapped, "set_requires_gradient_sync"):
+        wrapped.set_requires_gradient_sync(sync)
+
+
+def clip_grad_norm(model, max_norm):
+    """-> the global norm before clipping, as a float-like tensor; also right for sharded parameters."""
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+# -----------------------------------------------------------------------------
+# Sizes
+
+
+def num_params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config, seq_len):
+    """Training FLOPs per token, forward and backward: 6 per weight of a matrix product, and attention over half of seq_len on average.
+
+    Recomputation is not counted (it is no progress), embeddings are looked up, not multiplied.
+    """
+    D, K, c = config.hidden_size, config.head_dim, config
+    block = D * K * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * D * c.intermediate_size
+    attention = 2 * c.num_heads * K * seq_len / 2                                  # q·k and p·v, causal half
+    return 6 * (c.num_layers * (block + attention) + D * c.vocab_size)
+
+
+def memory_estimate(config, device_batch_size, seq_len, *, trainable_share=1.0, muon=False, shards=1, recompute_activations=False,
+                    compute_bytes=4, head_chunk=8192):
+    """Bytes per rank: {weights, gradients, optimizer, activations, total}. An estimate, within about 30 %: allocators round, kernels borrow."""
+    D, c = config.hidden_size, config
+    tables = c.vocab_size * D * (1 if c.tie_embeddings else 2)
+    matrices = c.num_layers * (D * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * D * c.intermediate_size)
+    weights = 4 * (tables + matrices)                                              # fp32 masters
+    tokens = device_batch_size * seq_len
+    # what one block keeps for its backward, bytes per token: two norms (fp32 in, then normalized, then scaled), rotated q and k, v and the
+    # output of attention, q/k norm, and four vectors of the MLP
+    heads = c.head_dim * (c.num_heads + c.num_kv_heads)
+    per_block = (2 * D * (4 + 2 * compute_bytes) + 2 * heads * compute_bytes + (heads * (4 + compute_bytes) if c.qk_norm else 0)
+                 + 4 * c.intermediate_size * compute_bytes)
+    blocks = D * compute_bytes * c.num_layers + per_block if recompute_activations else per_block * c.num_layers
+    casts = compute_bytes * matrices if compute_bytes < 4 else 0                   # low-precision copies of the matrices, kept alike
+    casts //= c.num_layers if recompute_activations or shards > 1 else 1
+    head = tokens * min(head_chunk, c.vocab_size) * (4 + compute_bytes)
+    moments = 8 * tables + (4 if muon else 8) * matrices                           # Muon keeps one buffer, AdamW two
+    estimate = dict(weights=weights // shards, gradients=int(weights * trainable_share) // shards,
+                    optimizer=int(moments * trainable_share) // shards, activations=tokens * blocks + casts + head)
+    return estimate | dict(total=sum(estimate.values()))

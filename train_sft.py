@@ -1,0 +1,264 @@
+"""Supervised training on text and on conversations: pre-training a tiny base, mid-training with replay, SFT.
+
+One objective for all three. With m_t = 1 where a token is trained on (every token of a text document but its first; in a conversation
+the assistant's words, calls and end of turn) and N the number of such tokens in the global batch, all ranks and micro-batches together:
+
+    loss = - (1/N) · sum_t m_t · log p(x_t | x_<t of the same document)
+
+The mean is over tokens, not over conversations: a long answer counts for more, and neither packing, micro-batches nor ranks change it.
+Mid-training (Kanana-2) draws a share `replay` of the tokens from the old data so that the new does not erase it; the order of the new
+documents depends on the seed alone, so runs that differ in `replay` see the same new data.
+
+    python train_sft.py --data=toy --size=tiny                                  laptop: 90 % of word problems with a right call in 3 minutes
+    python train_sft.py --init=<Hugging Face folder> --data=chats.jsonl --lr=5e-5 --muon_lr=0 --seq_len=4096 \\
+        --device_batch_size=4 --total_batch_size=131072 --num_epochs=2         one GPU
+    torchrun --nproc_per_node=8 train_sft.py ...                                the same flags, eight GPUs
+"""
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+from common import (Logger, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, peak_flops, random_key,
+                    setup_distributed)
+from data import open_sources, parse_shares
+from data.packing import Loader, make_batch, split_rows
+from kernels import linear_logprob
+from model import (Transformer, add_lora, clip_grad_norm, config_for_size, flops_per_token, make_optimizers, memory_estimate,
+                   num_params, parallelize, set_gradient_sync)
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "dummy"              # results go to out/<name>; any name but dummy also opens wandb
+    seed: int = 0                    # decides initial weights and the order of the data
+    # model
+    init: str = ""                   # checkpoint folder, of ours or of Hugging Face; empty: random weights of --size
+    size: str = "tiny"               # from scratch: nano | tiny | mini | small | base
+    tokenizer: str = "bytes"         # from scratch: bytes, or a Hugging Face tokenizer.json
+    lora_rank: int = 0               # 0: train all weights; 8 to 64: LoRA on every linear layer of the blocks
+    lora_alpha: float = 16.0         # LoRA's update is scaled by alpha / rank: higher learns faster
+    # data
+    data: str = "toy"                # comma-separated sources: toy, toy/<task>, stdlib, gsm8k, a file or folder; name=<source> renames
+    mix: str = ""                    # share of trained tokens by source, e.g. math_en:.6,code:.4; empty: as large as the sources are
+    replay_data: str = ""            # old sources, drawn with total share --replay
+    replay: float = 0.0              # share of replayed tokens, 0 to 1: higher forgets less and costs tokens
+    seq_len: int = 176               # tokens per row
+    pack: bool = True                # several documents per row, isolated from each other; false: one per row, padded
+    long: Literal["error", "drop"] = "error"    # a conversation longer than a row stops the run, or is left out and counted
+    cache: str = "out/cache"         # tokenized data is kept here
+    # length of the run
+    num_steps: int = 400             # optimizer steps, where neither of the next two is given
+    new_tokens: int = 0              # trained tokens of --data; replay comes on top
+    num_epochs: int = 0              # passes over --data; replay comes on top
+    # optimization
+    device_batch_size: int = 16      # rows per forward pass and device: lower when memory runs out, the result stays the same
+    total_batch_size: int = 2816     # tokens per optimizer step over all devices, a multiple of device_batch_size * seq_len * devices
+    lr: float = 3e-3                 # peak rate of AdamW; 5e-5 suits a trained 0.5B model
+    muon_lr: float = 0.02            # peak rate of Muon on the blocks' matrices; 0: AdamW trains everything
+    weight_decay: float = 0.0        # on matrices
+    warmup_steps: int = 20           # steps of linear warm-up
+    decay_share: float = 0.4         # the last share of the run goes linearly to rate 0; 1: all of it
+    max_grad_norm: float = 1.0       # global norm the gradient is clipped to
+    # machine
+    parallel: Literal["ddp", "fsdp"] = "ddp"    # under torchrun: whole copies, or FSDP2 shards
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
+    recompute: bool = False          # activation checkpointing: a third slower, most of the activation memory back
+    compile: bool = False            # torch.compile the Transformer
+    # looking and keeping
+    eval_every: int = 100            # steps between evaluations; 0: only at the end
+    eval_rows: int = 64              # held-out rows per evaluation
+    eval_tasks: str = ""             # tasks of eval.py answered at each evaluation, e.g. math_en,facts_ko
+    eval_problems: int = 100         # problems per task
+    save_every: int = 0              # steps between checkpoints; 0: only at the end
+    resume: str = ""                 # latest, or a step folder: continue out/<name> exactly
+    overwrite: bool = False          # delete the checkpoints of an earlier run of this name
+    dry_run: bool = False            # print the resolved settings and the memory estimate, and stop
+
+
+# -----------------------------------------------------------------------------
+# The algorithm
+
+
+def sft_loss(logps, num_tokens):
+    """Negative log-likelihood to minimize. logps: (N,), trained positions only. num_tokens: how many the global batch has."""
+    return -logps.sum() / num_tokens
+
+
+def bucket_sums(logps, buckets, num_buckets):
+    """-> (num_buckets, 2) float64: summed negative log-likelihood and token count of each source. logps, buckets: (N,)."""
+    sums = torch.zeros(num_buckets, 2, dtype=torch.float64, device=logps.device)
+    pairs = torch.stack([-logps.detach().double(), torch.ones_like(logps, dtype=torch.float64)], dim=1)
+    return sums.index_add_(0, buckets, pairs)
+
+
+# -----------------------------------------------------------------------------
+
+
+def evaluate(forward, model, sources, cfg, rank, world_size, device):
+    """-> {source: mean loss in nats per token} over the same held-out rows at every call; {} without held-out data."""
+    sources = {n: s for n, s in sources.items() if len(s)}
+    if not sources:
+        return {}
+    rows_at_once = cfg.device_batch_size * world_size
+    num_calls = -(-cfg.eval_rows // rows_at_once)
+    loader = Loader(sources, {n: 1 / len(sources) for n in sources}, seq_len=cfg.seq_len, seed=0)
+    sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for _ in range(num_calls):
+            rows, = split_rows(loader.next_rows(rows_at_once), cfg.device_batch_size, rank, world_size)
+            b = make_batch(rows, sources, cfg.seq_len).to(device)
+            hidden = forward(b.ids, b.positions, b.doc_ids).flatten(0, 1)[b.rows]
+            logps = linear_logprob(hidden, model.lm_head.weight, b.targets).logp
+            sums += bucket_sums(logps, b.buckets, len(sources))
+    sums = all_reduce_sum(sums).tolist()
+    return {name: total / count for name, (total, count) in zip(sources, sums) if count}
+
+
+def main(cfg):
+    rank, _, world_size, device = setup_distributed()
+    out_dir = Path("out") / cfg.name
+    grad_accum_steps, rest = divmod(cfg.total_batch_size, cfg.device_batch_size * cfg.seq_len * world_size)
+    if rest or not grad_accum_steps:
+        raise ValueError(f"--total_batch_size ({cfg.total_batch_size}) must be a multiple of device_batch_size * seq_len * ranks = "
+                         f"{cfg.device_batch_size} * {cfg.seq_len} * {world_size} = {cfg.device_batch_size * cfg.seq_len * world_size}")
+    resume = checkpoint.find(out_dir, cfg.resume)
+
+    # model
+    if resume or cfg.init:
+        model, tokenizer = checkpoint.load_hf(resume or checkpoint.newest(cfg.init), device)
+    else:
+        tokenizer = Tokenizer.bytes() if cfg.tokenizer == "bytes" else Tokenizer.from_file(cfg.tokenizer)
+        model = Transformer(config_for_size(cfg.size, tokenizer.vocab_size)).init_weights(random_key(cfg.seed, "weights")).to(device)
+    bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+    model.compute_dtype = torch.bfloat16 if bfloat16 else torch.float32
+    model.recompute_activations = cfg.recompute
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=random_key(cfg.seed, "lora"))
+        if resume:
+            checkpoint.restore_lora(resume, model)
+
+    # data: tokenized once by the first rank, memory-mapped by all
+    options = dict(tokenizer=tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long)
+    new = open_sources(cfg.data, **options)
+    old = open_sources(cfg.replay_data, **options) if cfg.replay_data else {}
+    if new.keys() & old.keys():
+        raise ValueError(f"--replay_data repeats names of --data: {sorted(new.keys() & old.keys())}; rename one as name=<source>")
+    sources = new | old
+    shares = parse_shares(cfg.mix, sources)
+    val_sources = open_sources(cfg.data, split="val", **options) | (open_sources(cfg.replay_data, split="val", **options) if old else {})
+    loader = Loader(sources, shares, seq_len=cfg.seq_len, seed=cfg.seed, replay=tuple(old), replay_share=cfg.replay,
+                    new_tokens=cfg.new_tokens or None, epochs=cfg.num_epochs or None, pack=cfg.pack)
+    rows_per_step = cfg.total_batch_size // cfg.seq_len
+    num_steps = -(-loader.num_rows() // rows_per_step) if loader.finite else cfg.num_steps
+
+    memory = memory_estimate(model.config, cfg.device_batch_size, cfg.seq_len, muon=cfg.muon_lr > 0, recompute_activations=cfg.recompute,
+                             shards=world_size if cfg.parallel == "fsdp" else 1, compute_bytes=2 if bfloat16 else 4,
+                             trainable_share=sum(p.numel() for p in model.parameters() if p.requires_grad) / num_params(model))
+    settings = dict(parameters=num_params(model), device=str(device), ranks=world_size, num_steps=num_steps, rows_per_step=rows_per_step,
+                    grad_accum_steps=grad_accum_steps, sources={n: s.describe() for n, s in sources.items()},
+                    memory_estimate_mb={k: round(v / 2**20) for k, v in memory.items()})
+    if rank == 0:
+        for key, value in (asdict(cfg) | settings).items() if cfg.dry_run else settings.items():
+            print(f"{key:>20}  {value}", flush=True)
+        if num_params(model) > 1e8 and cfg.init and max(cfg.lr, cfg.muon_lr) > 1e-3 and not cfg.lora_rank:
+            print(f"note: --lr={cfg.lr} --muon_lr={cfg.muon_lr} are rates for tiny models; runs/ has those for large ones", flush=True)
+    if cfg.dry_run:
+        return settings
+
+    # optimization
+    wrapped = parallelize(model, cfg.parallel, device, world_size)
+    forward = torch.compile(wrapped) if cfg.compile else wrapped
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    first_step, tokens_seen = 0, 0
+    if resume:
+        state = checkpoint.restore(resume, model, optimizers, rank, world_size)
+        first_step, tokens_seen = state["step"], state["tokens_seen"]
+        loader.load_state_dict(state["loader"])
+    elif rank == 0:
+        checkpoint.clear(out_dir, cfg.overwrite or cfg.name == "dummy")
+    logger = Logger(cfg, rank, first_step if resume else None)
+    names, started, val = list(sources), time.monotonic(), {}
+    flops, peak = flops_per_token(model.config, cfg.seq_len), peak_flops(device)
+
+    for step in range(first_step, num_steps + 1):
+        last_step = step == num_steps
+
+        # once in a while: held-out loss, and answers
+        if (last_step or (cfg.eval_every and step % cfg.eval_every == 0)) and (step > first_step or not resume):
+            losses = evaluate(forward, model, val_sources, cfg, rank, world_size, device)
+            val = {f"val/loss_{n}": v for n, v in losses.items()}
+            if losses:
+                val["val/loss"] = sum(losses.values()) / len(losses)
+            if cfg.eval_tasks and rank == 0:
+                from eval import run_task
+                for task in cfg.eval_tasks.split(","):
+                    result = run_task(model, tokenizer, task, num_problems=cfg.eval_problems, seed=cfg.seed)
+                    val[f"val/{result['metric']}_{task}"] = result["value"]
+            logger.log(step, **val)
+            logger.print(f"step {step:6d}/{num_steps} | " + " | ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in val.items()))
+
+        if last_step or (cfg.save_every and step > first_step and step % cfg.save_every == 0):
+            state = dict(step=step, tokens_seen=tokens_seen, loader=loader.state_dict())
+            saved = checkpoint.save(out_dir, step, model, tokenizer, optimizers, state=state, config=asdict(cfg), rank=rank,
+                                    world_size=world_size)
+        if last_step:
+            break
+
+        # collect: the rows of a step depend on the seed only, each rank takes its part of each micro-batch
+        t0 = time.perf_counter()
+        rows = split_rows(loader.next_rows(rows_per_step), cfg.device_batch_size, rank, world_size)
+        batches = [make_batch(r, sources, cfg.seq_len if cfg.pack else None) for r in rows]
+
+        # count before the first backward, so that neither micro-batches nor ranks change the gradient
+        num_tokens = all_reduce_sum(sum(len(b.rows) for b in batches), device)
+        if num_tokens == 0:
+            raise ValueError(f"step {step}: no token of the batch is trained on; raise --total_batch_size")
+        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        for i, b in enumerate(batches):
+            b = b.to(device)
+            set_gradient_sync(wrapped, i == len(batches) - 1)
+            hidden = forward(b.ids, b.positions, b.doc_ids).flatten(0, 1)[b.rows]           # (N, D), trained positions only
+            logps = linear_logprob(hidden, model.lm_head.weight, b.targets).logp            # (N,) fp32
+            loss = sft_loss(logps, num_tokens)
+            (loss * world_size).backward()                                                  # DDP and FSDP average, we want the sum
+            sums += bucket_sums(logps, b.buckets, len(names))
+
+        # update
+        grad_norm = clip_grad_norm(model, cfg.max_grad_norm).item()
+        scale = lr_scale(step, num_steps, cfg.warmup_steps, cfg.decay_share)
+        check_finite("train/grad_norm", grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # log
+        sums = all_reduce_sum(sums).tolist()
+        seconds = time.perf_counter() - t0
+        tokens_seen += num_tokens
+        slots = sum(int((b.doc_ids >= 0).sum()) for b in batches) * world_size             # filler is no work done
+        loss = sum(total for total, _ in sums) / num_tokens
+        per_source = {f"train/loss_{n}": total / count for n, (total, count) in zip(names, sums) if count}
+        per_source |= {f"train/tokens_{n}": count for n, (_, count) in zip(names, sums)}
+        logger.log(step + 1, **{"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": cfg.lr * scale, "train/tokens": tokens_seen},
+                   **per_source, **{"time/step": seconds, "time/tokens_per_sec": slots / seconds},
+                   **({"time/mfu": flops * slots / seconds / peak / world_size} if peak else {}))
+        left = (time.monotonic() - started) / (step + 1 - first_step) * (num_steps - step - 1)
+        if (step + 1) % max(1, num_steps // 100) == 0 or step + 1 == num_steps:
+            logger.print(f"step {step + 1:6d}/{num_steps} | loss {loss:7.4f} | grad_norm {grad_norm:6.3f} | lr {cfg.lr * scale:.2e} | "
+                         f"{slots / seconds:8.0f} tok/s | {format_seconds(left)} left")
+
+    summary = dict(name=cfg.name, checkpoint=str(saved), steps=num_steps, tokens=tokens_seen, parameters=num_params(model),
+                   seconds=round(time.monotonic() - started, 1), **val)
+    logger.close(**summary)
+    return summary
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
