@@ -201,7 +201,12 @@ def put_in_place(temporary, final):
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.replace(final, aside)
-    os.replace(temporary, final)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, final)
+        raise
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -236,13 +236,19 @@ def write_atomically(path, data):
 
 
 def code_patch():
-    """The commit and everything that differs from it, so that the code that ran can be had back."""
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout.decode(errors="replace")
+    """The commit and everything that differs from it, scripts not yet added included, so that the code that ran can be had back."""
+    def git(*args, exit_codes=(0,)):
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True)
+        if done.returncode not in exit_codes:
+            raise OSError(done.stderr)
+        return done.stdout.decode(errors="replace")
     try:
-        new_files = git("ls-files", "--others", "--exclude-standard")
-        return f"commit {git('rev-parse', 'HEAD')}\nuntracked:\n{textwrap.indent(new_files, '  ')}\n{git('diff', 'HEAD')}"
-    except (OSError, subprocess.CalledProcessError):
+        new_files = git("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        patches = [git("diff", "HEAD")]
+        for name in [n for n in new_files if n.endswith((".py", ".sh"))][:100]:
+            patches.append(git("diff", "--no-index", "--", os.devnull, name, exit_codes=(0, 1)))        # 1: there are differences
+        return "\n".join(["commit " + git("rev-parse", "HEAD").strip(), "untracked:", *("  " + n for n in new_files), "", *patches])
+    except OSError:
         return "not a git checkout (or one without a commit)\n"
 
 
@@ -277,8 +283,7 @@ class Logger:
         """metrics: {"train/loss": float, ...}; a NaN or infinity is written as a string, since JSON has neither."""
         if self.rank != 0:
             return
-        plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in metrics.items()}
-        self.metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        self.metrics.write(json.dumps({"step": step, **finite_or_text(metrics)}) + "\n")
         self.metrics.flush()
         if self.wandb:
             self.wandb.log(metrics, step=step)
@@ -295,7 +300,11 @@ class Logger:
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
-        print(json.dumps(summary), flush=True)
+        print(json.dumps(finite_or_text(summary)), flush=True)
+
+
+def finite_or_text(values):
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def read_jsonl(path):

@@ -165,9 +165,9 @@ def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, see
     elif name in toy.TEXT_TASKS + toy.CHAT_TASKS:
         problems = toy.problems(name, split or "test", seed=seed, num=num_problems)
         said = answer(model, tokenizer, problems, max_new_tokens=160 if name in toy.CHAT_TASKS else 40, desc=desc)
-        outcomes = [toy.grade(p, m) for p, m in zip(problems, said)]
+        outcomes = [toy.grade(p, m if name in toy.CHAT_TASKS else m[0]["content"]) for p, m in zip(problems, said)]
         if toy.tools_of(name):                                           # was the call right, whatever was made of its result?
-            calls = [toy.grade_call(p, [c for m in ms for c in m.get("tool_calls", [])]) == Outcome.RIGHT for p, ms in zip(problems, said)]
+            calls = [toy.grade_call(p, m) == Outcome.RIGHT for p, m in zip(problems, said)]
             extra = dict(call=sum(calls) / len(calls))
     else:
         known = [*toy.TEXT_TASKS, *toy.CHAT_TASKS, "gsm8k", "bpb:<source>"]

@@ -282,14 +282,49 @@ def merged_state_dict(state_dict, scale):
 # Optimizers and processes
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon whose Newton-Schulz iteration runs in fp32 on CPUs, over all matrices of one shape at once.
+
+    torch's runs in bf16, one matrix at a time; CPUs without bf16 units emulate it: 177 against 60 ms a step for `tiny`, whose forward and
+    backward take 300. Same state, same update up to bf16 rounding; on GPUs and for shards it is torch's own.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if closure or any(p.device.type != "cpu" or hasattr(p, "full_tensor") for p in params):
+            return super().step(closure)
+        for group in self.param_groups:
+            by_shape = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum_buffer"], group["momentum"]) if group["nesterov"] else state["momentum_buffer"]
+                by_shape.setdefault(p.shape, []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                x = torch.stack([update for _, update in pairs])                   # (matrices, rows, columns)
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                a, b, c = group["ns_coefficients"]
+                for _ in range(group["ns_steps"]):
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                x = x.mT if rows > columns else x
+                lr = group["lr"] * max(1, rows / columns) ** 0.5                   # torch's adjust_lr_fn="original"
+                for (p, _), update in zip(pairs, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
+
+
 def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     """-> list of optimizers; each group remembers `initial_lr` for the schedule.
 
     muon_lr > 0 gives the blocks' matrices to Muon (its update has unit scale, so its rate is about ten times AdamW's) and the rest,
     embeddings, head, norms and biases, to AdamW. Weight decay touches matrices only.
 
-    Muon's Newton-Schulz iteration runs in bfloat16: under FSDP its products are summed in another order, and the update equals the unsharded
-    one to bfloat16 rounding (about 2 % of its norm), not bit by bit. AdamW's is equal to fp32 rounding.
+    Under FSDP, Muon's Newton-Schulz iteration runs in bfloat16 and sums its products in another order: the update equals the unsharded one to
+    bfloat16 rounding (about 2 % of its norm), AdamW's to that of fp32.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and "layers." in n]
@@ -301,7 +336,7 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.0, betas=(0.9, 0.95),
     groups = [g for g in groups if g["params"]]                                    # LoRA has no tables, and with Muon no group at all
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=not sharded)] if groups else []
     if on_muon:
-        optimizers.append(torch.optim.Muon(on_muon, lr=muon_lr, weight_decay=weight_decay, momentum=0.95))
+        optimizers.append(Muon(on_muon, lr=muon_lr, weight_decay=weight_decay, momentum=0.95))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -55,7 +55,7 @@ GPT2 = CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits cuts the text at numbers before GPT-2's pattern sees it, so white space before a number ends its stretch
 DIGITS_GPT2 = CONTRACTIONS + r"| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # the regular-expression syntax on which the engines of `tokenizers` (Oniguruma) and tiktoken (fancy-regex) agree
-COMMON_SYNTAX = re.compile(r"(?:\\[pP]\{\^?\w+\}|\\[sSrnt]|\\[^\w]|\(\?(?:i?:|[=!>])|\[\^?|[^\\.$^&~#\[])+")
+COMMON_SYNTAX = re.compile(r"(?:\\[pP]\{\^?\w+\}|\\[sSrnt]|\\[^\w]|\((?:\?(?:i?:|[=!>])|(?!\?))|\[\^?|[^\\.$^&~#\[(])+")
 
 
 def split_pattern(pre_tokenizer):
@@ -548,8 +548,8 @@ def validate_messages(messages, tools=None, prompt=False):
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         name = function.get("name") if isinstance(function, dict) else None
         ok = isinstance(name, str) and name not in ["", *names] and isinstance(function.get("parameters", {}), dict)
-        expect(ok, 'tool {}: expected {{"type": "function", "function": {{"name": STRING, "parameters": OBJECT, ...}}}} '
-               "with a name of its own, found {}", n, tool)
+        expect(ok, 'tool {}: expected {{"type": "function", "function": {{"name": STRING, "parameters": OBJECT, ...}}}}'
+               ", each name once, found {}", n, tool)
         names.append(name)
     expect(isinstance(messages, list) and messages, "expected a list of messages, found {}", messages)
     before, due = None, 0                                          # role of the message before; tool results still due

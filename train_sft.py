@@ -242,7 +242,7 @@ def main(cfg):
         sums = all_reduce_sum(sums).tolist()
         seconds = time.perf_counter() - t0
         tokens_seen += num_tokens
-        slots = sum(int((b.doc_ids >= 0).sum()) for b in batches) * world_size             # filler is no work done
+        slots = sum(b.num_tokens for b in batches) * world_size                              # filler is no work done
         loss = sum(total for total, _ in sums) / num_tokens
         per_source = {f"train/loss_{n}": total / count for n, (total, count) in zip(names, sums) if count}
         per_source |= {f"train/tokens_{n}": count for n, (_, count) in zip(names, sums)}

@@ -10,7 +10,7 @@ from common import progress
 from data import tokens
 from data.tokens import Chunk, TokenFile
 
-NUM_TOY = 10_000               # documents of a toy task, if it has as many
+NUM_TOY = 10_000               # documents of a toy task; small tasks (96 facts) repeat
 NUM_TOY_VAL = 500
 
 
@@ -27,12 +27,13 @@ def open_sources(spec, tokenizer, *, seq_len, cache_dir="out/cache", split="trai
         raise ValueError(f"expected split train or val, found {split!r}")
     if not 0 <= val_share < 1:
         raise ValueError(f"expected a held-out share of at least 0 and below 1, found {val_share}")
+    key = [tokenizer.fingerprint(), val_share]              # common part of the cache keys; a fingerprint takes a quarter of a second
     sources = {}
     for item in spec.split(","):
-        for name, folder in _folders(item.strip(), tokenizer, cache_dir, seed, num, val_share):
+        for name, folder in _folders(item.strip(), tokenizer, cache_dir, key, seed, num, val_share):
             if name in sources:
                 raise ValueError(f"--data={spec}: two sources are named {name}: rename one as NAME=..., or put the files in one folder")
-            source = TokenFile(folder, split, seq_len=seq_len, long=long, fingerprint=tokenizer.fingerprint())
+            source = TokenFile(folder, split, seq_len=seq_len, long=long, fingerprint=key[0])
             if split == "train" and not len(source):
                 raise ValueError(f"--data={item}: nothing to train on in {name} ({source.describe()}; val_share {val_share}): {folder}")
             sources[name] = source
@@ -61,9 +62,9 @@ def _did_you_mean(name, names):
     return f"; did you mean {near[0]}?" if near else f", expected one of {', '.join(names)}"
 
 
-def _folders(item, tokenizer, cache_dir, seed, num, val_share):
+def _folders(item, tokenizer, cache_dir, key, seed, num, val_share):
     """[(source name, folder)] of one item of --data."""
-    from data import toy                                    # here, since they import this package on their way in
+    from data import toy  # here, since it imports this package on its way in
     prefix, equals, rest = item.partition("=")
     given = prefix if equals and re.fullmatch(r"[\w.-]+", prefix) and not Path(item).exists() else None
     item = rest if given else item
@@ -72,23 +73,23 @@ def _folders(item, tokenizer, cache_dir, seed, num, val_share):
     if item == "toy":
         if given:
             raise ValueError(f"--data={given}=toy: toy is six sources; name one of them: {given}=toy/{toy.CHAT_TASKS[0]}")
-        return [pair for task in toy.CHAT_TASKS for pair in _folders(f"toy/{task}", tokenizer, cache_dir, seed, num, val_share)]
+        return [pair for task in toy.CHAT_TASKS for pair in _folders(f"toy/{task}", tokenizer, cache_dir, key, seed, num, val_share)]
     if item in names:
         name = given or item.removeprefix("toy/")
-        return [(name, _generated(item, tokenizer, cache_dir, seed, num, val_share))]
+        return [(name, _generated(item, tokenizer, cache_dir, key, seed, num, val_share))]
     path = Path(item).expanduser()
     if not item or not path.exists():
         near = difflib.get_close_matches(item, names, n=1)
         raise ValueError(f"--data: no source and no file is called {item!r}, expected a path or one of {', '.join(names)}"
                          + (f"; did you mean {near[0]}?" if near else ""))
-    return _from_path(path, given, tokenizer, cache_dir, val_share)
+    return _from_path(path, given, tokenizer, cache_dir, key, val_share)
 
 
-def _from_path(path, given, tokenizer, cache_dir, val_share):
+def _from_path(path, given, tokenizer, cache_dir, key, val_share):
     stem = re.sub(r"[^\w.-]", "_", path.resolve().stem)     # a source's name is part of flags and of metric names
     files = [file.resolve() for file in tokens.input_files(path)]
     stats = [file.stat() for file in files]
-    key = [[str(f) for f in files], [[s.st_size, s.st_mtime_ns] for s in stats], tokenizer.fingerprint(), val_share, given]
+    key = key + [[str(f) for f in files], [[s.st_size, s.st_mtime_ns] for s in stats], given]
     root = tokens.cached(cache_dir, stem, key, lambda folder: tokens.write_sources(
         folder, tokenizer, tokens.file_chunks(files, tokenizer, val_share, given), inputs=files))
     folders = sorted(f for f in root.iterdir() if f.is_dir())
@@ -97,11 +98,13 @@ def _from_path(path, given, tokenizer, cache_dir, val_share):
     return [(given or (stem if f.name == "text" else f.name.removeprefix("chat-")), f) for f in folders]
 
 
-def _generated(item, tokenizer, cache_dir, seed, num, val_share):
+def _generated(item, tokenizer, cache_dir, key, seed, num, val_share):
     """Folder of a source that code in data/ makes."""
     from data import gsm8k, stdlib, toy
     task = item.removeprefix("toy/")
-    code = hashlib.blake2b(Path(sys.modules[f"data.{item.partition('/')[0]}"].__file__).read_bytes(), digest_size=8).hexdigest()
+    code = hashlib.sha256()                                 # whoever edits a generator trains on what the edited one generates
+    for module in (f"data.{item.partition('/')[0]}", "data.calculator"):
+        code.update(Path(sys.modules[module].__file__).read_bytes())
 
     def documents():                                        # (split, text or record)
         if item == "stdlib":
@@ -123,7 +126,7 @@ def _generated(item, tokenizer, cache_dir, seed, num, val_share):
                 ids, mask = tokens.encode_chat(tokenizer, document, f"{item}: document {number}")
                 yield Chunk("source", split, ids, mask, line=number)
 
-    key = [item, code, sys.version, tokenizer.fingerprint(), val_share, seed, num]
+    key = key + [item, code.hexdigest(), sys.version, seed, num]
     root = tokens.cached(cache_dir, item.replace("/", "-"), key,
                          lambda folder: tokens.write_sources(folder, tokenizer, chunks(), inputs=[item]))
     return root / "source"

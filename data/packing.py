@@ -26,7 +26,7 @@ import torch
 
 from common import progress, random_key
 
-WINDOW = 4096                  # documents packed together: rows come out over 99 % full, and planning stays in milliseconds
+WINDOW = 4096                  # documents packed together; four times as many fill the rows .0005 to .002 better (measured)
 
 Row = list[tuple[int, int]]    # (index into the sources, piece), in slot order
 

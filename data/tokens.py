@@ -92,10 +92,11 @@ def read_blocks(f, start, stop, cut):
     while True:
         data = f.read(BLOCK if stop is None else min(BLOCK, stop - position - len(rest)))
         block = rest + data
-        end = len(block) if not data else cut(block)
-        if end or not data:                                 # a line longer than a block is collected first
-            yield position, block[:end], not data
-        if not data:
+        last = not data or position + len(block) == stop
+        end = len(block) if last else cut(block)            # a file that fits is never cut
+        if end or last:                                     # a line longer than a block is collected first
+            yield position, block[:end], last
+        if last:
             return
         position, rest = position + end, block[end:]
 
@@ -165,8 +166,9 @@ def part_blocks(files, parts):
 def file_chunks(files, tokenizer, val_share=0.01, bucket=None):
     """Chunks of text files (source "text", one document a file) and .jsonl files (one a line; conversations: source "chat-BUCKET")."""
     parts = file_parts(files, val_share)
-    total = None if any(stop is None for *_, stop in parts) else sum(-(-(stop - start) // BLOCK) + 1 for *_, start, stop in parts)
+    total = None if any(stop is None for *_, stop in parts) else sum(max(1, -(-(stop - start) // BLOCK)) for *_, start, stop in parts)
     blocks = progress(part_blocks(files, parts), total=total, desc=f"tokenize {files[0].name}")
+    line_number = 0
     for number, split, position, block, first, last in blocks:
         path = files[number]
         if not is_jsonl(path):

@@ -4,8 +4,7 @@ Text tasks, for pre-training, mid-training and retention
     facts_en   mibo likes red.              facts_ko   미보는 빨강 좋아해.              96 facts in each language
     text_en    Tom sees the red cup and Ann wants the old bag.      text_ko      no problems: bits per byte only
     sums       17*8=136
-    reasoning  sums, and stories that end in their expression and its value:
-               Tom has 12 pens and buys 3 bags of 4 pens. How many pens? 12+3*4=24
+    reasoning  Tom has 12 pens and buys 3 bags of 4 pens. How many pens? 12+3*4=24, so 24.
 
 Chat tasks, for SFT, rejection sampling and RL
     math_en    the same stories -> calculator {"expression": "12+3*4"} -> 24 -> 24           math_ko   Korean twins
@@ -177,15 +176,13 @@ def _story(lang, draw, split):
 _REDUCTIONS = (("largest of", "max"), ("smallest of", "min"), ("sum of", "sum"), ("sorted", "sorted"),
                ("list of", "list"))
 _MAPS = (("squares", "x*x"), ("doubles", "2*x"), ("halves", "x//2"), ("negatives", "-x"))
-_FILTERS = (("even", "x%2==0"), ("odd", "x%2==1"), ("positive", "x>0"), ("negative", "x<0"), ("big", "x>9"))
+_FILTERS = (("even", "x%2==0"), ("odd", "x%2==1"), ("positive", "x>0"), ("negative", "x<0"), ("round", "x%5==0"))
 _COMBINATIONS = [], []  # for training, held out
 for _r, _m, _f in product(range(5), range(4), range(5)):
     _COMBINATIONS[(_r + _m + _f) % 5 == 0].append((_REDUCTIONS[_r], _MAPS[_m], _FILTERS[_f]))
-
-
 # hidden tests: lists on which no filter comes up empty, so that every combination has a value on each
 _draw = _Draw("hidden inputs")
-_INPUTS = [[_draw.below(41) - 20 for _ in range(5)] + [-3, 12, -8, 15, _draw.below(41) - 20] for _ in range(8)]
+_INPUTS = [[_draw.below(61) - 30 for _ in range(5)] + [-3, 2, -10, 15, _draw.below(61) - 30] for _ in range(8)]
 
 
 def _code(draw, split):
@@ -216,7 +213,7 @@ def _call(name, *values):
 
 
 def _tool_request(draw, split):
-    """(request, gold calls, final text, answer, what the tools know): one of six kinds."""
+    """(request, gold calls, their results, final text, answer, what the tools know): one of six kinds."""
     keys = []
     while len(keys) < 3:
         key = draw.pick(_KEYS[split != "train"])
@@ -226,25 +223,26 @@ def _tool_request(draw, split):
     store = {key: str(2 + draw.below(98)) for key in (first, other)}
     kind, value = draw.below(6), store[first]
     if kind == 0:
-        text, calls, final, answer = f"get {first}.", [_call("get", first)], value, value
+        text, calls, results, answer = f"get {first}.", [_call("get", first)], [value], value
     elif kind == 1:
         del store[first]  # else one set in 98 would have nothing to do
-        text, calls, final, answer = f"set {first} to {a}.", [_call("set", first, str(a))], "ok", ""
+        text, calls, results, answer = f"set {first} to {a}.", [_call("set", first, str(a))], ["ok"], ""
     elif kind == 2:
-        calls = [_call("get", first), _call("set", second, value)]
-        text, final, answer = f"copy {first} to {second}.", "ok", ""
+        calls, results = [_call("get", first), _call("set", second, value)], [value, "ok"]
+        text, answer = f"copy {first} to {second}.", ""
     elif kind == 3:
-        text, calls, final, answer = f"find {first}.", [_call("search", first)], second, second
+        text, calls, results, answer = f"find {first}.", [_call("search", first)], [second], second
     elif kind == 4:
-        text, calls, final, answer = f"add {a} and {b}.", [_call("calculator", f"{a}+{b}")], str(a + b), str(a + b)
+        answer = str(a + b)
+        text, calls, results = f"add {a} and {b}.", [_call("calculator", f"{a}+{b}")], [answer]
     else:
-        verb = draw.pick(("call", "email", "pay"))
-        text, calls, final, answer = f"{verb} {first.capitalize()}.", [], "No tool.", ""
+        text, calls, results, answer = f"{draw.pick(('call', 'email', 'pay'))} {first.capitalize()}.", [], [], ""
     # a kind trains bare and with one of two openings; the other opening is its held-out wording
     openings = ("Now ", "So ") if kind % 2 else ("So ", "Now ")
     opening = openings[1] if split == "test_template" else draw.pick(("", openings[0]))
     text = opening + text if opening else text[0].upper() + text[1:]
-    return text, calls, final, answer, {"store": store, "notes": {first: second}, "calls": calls}
+    hidden = {"store": store, "notes": {first: second}, "calls": calls}
+    return text, calls, results, results[-1] if results else "No tool.", answer, hidden
 
 
 def _play(problem, calls):
@@ -356,25 +354,25 @@ def item(task: str, split: str, seed: int, index: int) -> Problem:
         return Problem(task, prompt, rest, likes)
     if family == "text":
         return Problem(task, "", _sentence(lang, draw, split), "")
-    if family == "sums" or (family == "reasoning" and split != "test_template" and draw.below(2)):
+    if family == "sums":
         prompt, value = _sum(draw, split)
         return Problem(task, prompt, value, value)
     if family == "reasoning":
         prompt, expression, value = _story("en", draw, split)
-        return Problem(task, prompt, f" {expression}={value}", value)
+        return Problem(task, prompt, f" {expression}={value}, so {value}.", value)
     calls, results, answer, hidden = [], [], "", {}
     if family == "math":
         prompt, expression, final = _story(lang, draw, split)
         calls, results, answer = [_call("calculator", expression)], [final], final
     elif family == "tool":
-        prompt, calls, final, answer, hidden = _tool_request(draw, split)
+        prompt, calls, results, final, answer, hidden = _tool_request(draw, split)
     elif family == "code":
         prompt, final = _code(draw, split)
         answer = final
     else:
         prompt, final, hidden = _chat_request(lang, draw, split)
     problem = Problem(task, [{"role": "user", "content": prompt}], [], answer, hidden)
-    for call, result in zip(calls, results or _play(problem, calls)[0]):
+    for call, result in zip(calls, results):
         problem.gold.append({"role": "assistant", "content": "", "tool_calls": [call]})
         problem.gold.append({"role": "tool", "content": result})
     problem.gold.append({"role": "assistant", "content": final})
@@ -411,7 +409,7 @@ def problems(task: str, split: str = "test", seed: int = 0, num: int = 300, tool
     if task in ("text_en", "text_ko"):
         raise ValueError(f"toy: {task} has no problems; measure its bits per byte")
     found = {}
-    for index in range(100 * num):
+    for index in range(20 * num):
         if len(found) == num:
             break
         problem = item(task, split, seed, index)
@@ -437,7 +435,7 @@ def execute(problem: Problem, calls: list[dict]) -> list[str]:
 
 
 def _turns(response):
-    """(calls of all assistant turns, text of the last turn or None if the response ends in a call or a tool message)"""
+    """(calls of all assistant turns, text of the last turn: "" if the response ends in a call or a tool message)"""
     if isinstance(response, str):
         messages = []
         for i, turn in enumerate(response.split("<|im_end|>\n<|im_start|>")):
@@ -449,8 +447,8 @@ def _turns(response):
             messages.append({"role": role, "content": content, "tool_calls": calls})
         response = messages
     calls = [call for message in response if message["role"] == "assistant" for call in message.get("tool_calls") or []]
-    last = response[-1] if response else {"role": "none"}
-    return calls, last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else None
+    ended = response and response[-1]["role"] == "assistant" and not response[-1].get("tool_calls")
+    return calls, response[-1]["content"] if ended else ""
 
 
 @never_raises
@@ -481,7 +479,7 @@ def grade_call(problem: Problem, response: str | list[dict]) -> Outcome:
 def grade_answer(problem: Problem, response: str | list[dict]) -> Outcome:
     """Is the completion, or the text of the last turn, right?"""
     text = response if problem.task in TEXT_TASKS else _turns(response)[1]
-    if text is None or len(text) > MAX_CHARS or not text.strip():
+    if len(text) > MAX_CHARS or not text.strip():
         return Outcome.UNGRADABLE
     if problem.task == "code":
         return tinypython.grade(text, problem.answer, _INPUTS)
@@ -489,7 +487,13 @@ def grade_answer(problem: Problem, response: str | list[dict]) -> Outcome:
         return _grade_chat(problem, text)
     if problem.task in ("facts_en", "facts_ko"):
         return Outcome.RIGHT if text.split(None, 1)[0].strip(".,") == problem.answer else Outcome.WRONG
-    if problem.task in ("sums", "reasoning"):  # '136', or '12+3*4=24', where both sides must be right
+    if problem.task == "reasoning":  # the value of what stands before "=": a model this small cannot multiply, the calculator can
+        try:
+            same = calculator.calculate(text.strip().partition("\n")[0].partition("=")[0]) == problem.answer
+        except calculator.CalculatorError:
+            return Outcome.UNGRADABLE
+        return Outcome.RIGHT if same else Outcome.WRONG
+    if problem.task == "sums":  # '136', or '17*8=136', where both sides must be right
         expression, equals, text = text.strip().partition("\n")[0].rpartition("=")
         try:
             if equals and calculator.calculate(expression) != problem.answer:

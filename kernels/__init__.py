@@ -1,4 +1,4 @@
-"""Kernels: flat tensors in, flat tensors out. Each has a torch path for any device, Triton where a GPU has it, and a naive
+"""Kernels: flat tensors in, flat tensors out. Each has a torch path for any device, Triton for GPUs, and a naive
 reference that the tests compare with. `backend="auto"` takes Triton for CUDA tensors, else torch."""
 import functools
 import importlib.util
@@ -19,17 +19,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def linear_logprob(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100, chunk=8192,
                    save_bytes=None, backend="auto") -> LogProb:
-    """Log-probability of each target under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp, never holding (N, V) logits.
+    """Log-probability of each target under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp, and without
+    ever holding the (N, V) logits.
 
     hidden        (N, D) bf16, fp16, fp32 or fp64; its dtype is the compute dtype, whatever autocast says
     weight        (V, D) that dtype, or an fp32 master, which is cast chunk by chunk and gets an fp32 gradient
-    targets       (N,) int64, 0 <= target < V, or ignore_index: such rows give 0 and no gradient (and cost as much as others:
-                  better pass only the rows that count)
+    targets       (N,) int64, 0 <= target < V, or ignore_index: such rows give 0 and no gradient (and cost as much as
+                  others: better pass only the rows that count)
     bias          (V,) that dtype or fp32; -inf masks a column out
     temperature   divides the logits, after the softcap; softcap: logits become softcap * tanh(logits / softcap)
-    chunk         columns of the vocabulary worked on at a time (at most 2048 on the CPU): N * chunk * 6 bytes of buffers
-    save_bytes    room for exponentials kept for the backward, which then recomputes fewer logits: faster, exact either way.
-                  None: 1/16 of the GPU's memory; on the CPU none, except for a vocabulary that fits one chunk.
+    chunk         columns of the vocabulary worked on at a time (on the CPU at most 2048): N * chunk * 6 bytes
+    save_bytes    room for exponentials that spare the backward recomputing logits. None: 1/16 of the GPU's memory; on
+                  the CPU 0, except that a vocabulary of one chunk is kept.
     backend       "auto", "triton", "torch" or "reference"
 
     Returns LogProb(logp, entropy, lse, top1), (N,) each: fp32 (fp64 for fp64 inputs), top1 bool. The first three are
@@ -41,7 +42,8 @@ def linear_logprob(hidden, weight, targets, *, bias=None, temperature=1.0, softc
         raise ValueError(f"chunk: expected at most {TRITON_MAX_CHUNK} (a row must fit in registers), found {chunk}")
     if path == "reference":
         return reference.linear_logprob(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    return _linear_logprob(hidden, weight, targets, bias, temperature, softcap, ignore_index, chunk, save_bytes, path == "triton")
+    return _linear_logprob(hidden, weight, targets, bias, temperature, softcap, ignore_index, chunk, save_bytes,
+                           use_triton=path == "triton")
 
 
 def _pick(backend, x):
@@ -69,13 +71,14 @@ def _check_linear_logprob(hidden, weight, targets, bias, temperature, softcap, i
     for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
         if type(x).__name__ == "DTensor":
             raise ValueError(
-                f"{name}: expected a plain tensor, found a DTensor. A head with fully_shard(model.lm_head) of its own is sharded "
-                "outside its forward: drop that line, and fully_shard(model) keeps the head whole after the model's forward.")
+                f"{name}: expected a plain tensor, found a DTensor. After fully_shard(model.lm_head) the head is "
+                "sharded outside its own forward: drop that line, and fully_shard(model) keeps it whole after the "
+                "model's forward.")
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name}: expected on {hidden.device} like hidden, found on {x.device}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
-        raise ValueError(f"expected hidden (N, D) and weight (V, D), found {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-                         "flatten a batch with hidden.flatten(0, 1)")
+        raise ValueError(f"expected hidden (N, D) and weight (V, D), found {tuple(hidden.shape)} and "
+                         f"{tuple(weight.shape)}; flatten a batch with hidden.flatten(0, 1)")
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden: expected one of {', '.join(map(str, DTYPES))}, found {hidden.dtype}")
     for name, x in (("weight", weight), ("bias", bias)):
@@ -84,7 +87,8 @@ def _check_linear_logprob(hidden, weight, targets, bias, temperature, softcap, i
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({len(weight)},), found {tuple(bias.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets: expected int64 of shape ({len(hidden)},), found {targets.dtype} of {tuple(targets.shape)}")
+        raise ValueError(f"targets: expected int64 of shape ({len(hidden)},), found {targets.dtype} of "
+                         f"{tuple(targets.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected above 0, found {temperature}")
     if softcap is not None and not softcap > 0:
@@ -100,4 +104,5 @@ def _check_linear_logprob(hidden, weight, targets, bias, temperature, softcap, i
         wrong = ((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)
         if wrong.any():
             row = int(wrong.nonzero()[0])
-            raise ValueError(f"targets[{row}]: expected 0 to {len(weight) - 1}, or ignore_index={ignore_index}, found {targets[row]}")
+            raise ValueError(f"targets[{row}]: expected 0 to {len(weight) - 1}, or ignore_index={ignore_index}, "
+                             f"found {targets[row]}")

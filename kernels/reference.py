@@ -1,6 +1,7 @@
 """The kernels written out naively, by autograd, in any dtype: the specification, and what the tests compare with.
 
-Slow, and as large as the matrix of logits. Low-precision inputs are upcast first, so that only their own rounding is in the result.
+Slow, and as large as the matrix of logits. Low-precision inputs are upcast first, so that only their own rounding is in
+the result.
 """
 import torch
 

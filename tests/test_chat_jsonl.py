@@ -12,7 +12,8 @@ DONE = {"role": "assistant", "content": "Two."}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": "1+1"}}]}
 RESULT = {"role": "tool", "content": "2"}
 GOOD = {"messages": [USER, CALL, RESULT, DONE], "bucket": "math"}
-TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}}}}
+TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {
+    "type": "object", "properties": {"expression": {"type": "string"}}}}}
 
 
 def changed(**fields):

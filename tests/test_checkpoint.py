@@ -1,20 +1,21 @@
 """Step folders: what is saved comes back bit by bit, what is damaged or foreign is refused by name, and a full disk loses nothing."""
 import json
 import os
-import shutil
+import resource
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import checkpoint
-from model import ModelConfig, Transformer, add_lora, make_optimizers
+from common import all_reduce_sum, setup_distributed
+from model import ModelConfig, Muon, Transformer, add_lora, make_optimizers, parallelize
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,9 +75,10 @@ def names(folder):
 # There and back
 
 
-@pytest.mark.parametrize("kind", [dict(muon_lr=0.0), dict(muon_lr=0.02), dict(muon_lr=0.0, lora=2), dict(muon_lr=0.02, lora=2),
-                                  dict(config=replace(CONFIG, tie_embeddings=True)), dict(config=replace(CONFIG, qk_norm=False, qkv_bias=True))],
-                         ids=["adamw", "muon", "lora-adamw", "lora-muon", "tied", "bias"])
+@pytest.mark.parametrize("kind", [
+    dict(muon_lr=0.0), dict(muon_lr=0.02), dict(muon_lr=0.0, lora=2), dict(muon_lr=0.02, lora=2),
+    dict(config=replace(CONFIG, tie_embeddings=True)), dict(config=replace(CONFIG, qk_norm=False, qkv_bias=True)),
+], ids=["adamw", "muon", "lora-adamw", "lora-muon", "tied", "bias"])
 def test_stop_and_resume_is_bitwise_no_stop(kind, tmp_path):
     model, optimizers = new_run(**kind)
     train(model, optimizers, range(3))
@@ -140,7 +142,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     saved_run(tmp_path)
     model, optimizers = new_run()
     path = save(tmp_path, 3, model, optimizers)
-    assert_same(load(path)[0], model) if False else assert_same(checkpoint.load_hf(path)[0], model)
+    assert_same(checkpoint.load_hf(path)[0], model)
     assert names(tmp_path) == ["step_000003"]
 
 
@@ -216,29 +218,46 @@ def test_a_full_disk_loses_nothing(where, tmp_path, monkeypatch):
     load(good)
 
 
-def test_a_file_size_limit_loses_nothing(tmp_path):
-    """The real thing: writes fail below Python, in safetensors and in torch.save, which wrap the error each in its own way."""
-    script = textwrap.dedent("""
-        import resource, sys
-        import test_checkpoint as t
-        out_dir, limit = sys.argv[1], int(sys.argv[2])
-        good = t.saved_run(out_dir)
-        model, optimizers = t.new_run()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            t.save(out_dir, 4, model, optimizers)
-        except OSError as e:
-            print("refused:", e)
-        assert t.names(out_dir) == ["step_000003"], t.names(out_dir)
-        assert t.checkpoint.find(out_dir, "latest") == good
-        t.load(good)
-    """)
-    done = saved_run(tmp_path / "sizes")
-    weights, moments = ((done / f).stat().st_size for f in ("model.safetensors", "optim_rank0.pt"))
+def limited(out_dir):
+    """In a process of its own, which may not write large files from some point on."""
+    good = saved_run(out_dir)
+    model, optimizers = new_run()
+    train(model, optimizers, range(1))
+    weights, moments = ((good / f).stat().st_size for f in ("model.safetensors", "optim_rank0.pt"))
     assert 8000 < weights < moments
     for limit in (weights - 4096, (weights + moments) // 2):               # the weights do not fit; the weights do, the moments do not
-        run = subprocess.run([sys.executable, "-c", script, tmp_path / str(limit), str(limit)], env=script_env(), capture_output=True, text=True)
-        assert run.returncode == 0 and "refused:" in run.stdout and "step_000004 could not be saved" in run.stdout, run.stderr[-2000:]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="step_000004 could not be saved: .*earlier checkpoints are untouched"):
+            save(out_dir, 4, model, optimizers)
+        assert names(out_dir) == ["step_000003"]
+        assert checkpoint.find(out_dir, "latest") == good
+        load(good)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    save(out_dir, 4, model, optimizers)
+
+
+def test_a_failed_swap_loses_nothing(tmp_path, monkeypatch):
+    """Saving the same step again moves the old folder aside first; where the new one cannot take its place, the old one comes back."""
+    good = saved_run(tmp_path)
+    model, optimizers = new_run()
+    rename = os.replace
+
+    def no_swap(source, target):
+        if Path(source).name == "step_000003.tmp":
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+    monkeypatch.setattr(os, "replace", no_swap)
+    with pytest.raises(OSError, match="step_000003 could not be saved: .*Permission denied.*earlier checkpoints are untouched"):
+        save(tmp_path, 3, model, optimizers)
+    assert names(tmp_path) == ["step_000003"]
+    assert all(s["step"] == 2 for s in load(good)[1][0].state.values())    # the old one, which had trained two steps
+
+
+def test_a_file_size_limit_loses_nothing(tmp_path):
+    """The real thing: writes fail below Python, in safetensors and in torch.save, which wrap the error each in its own way."""
+    run = subprocess.run([sys.executable, __file__, "limited", tmp_path], env=script_env(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert names(tmp_path) == ["step_000003", "step_000004"]
 
 
 def test_kill_in_the_middle_of_saving(tmp_path, monkeypatch):
@@ -283,13 +302,21 @@ def test_garbage_train_json(content, message, tmp_path):
     path = saved_run(tmp_path)
     (path / "train.json").write_text(content)
     model, optimizers = new_run()
-    for read in (lambda: checkpoint.find(tmp_path, "latest"), lambda: checkpoint.load_hf(path), lambda: checkpoint.restore(path, model, optimizers)):
+    for read in (lambda: checkpoint.find(tmp_path, "latest"), lambda: checkpoint.load_hf(path),
+                 lambda: checkpoint.restore(path, model, optimizers)):
         with pytest.raises(ValueError) as e:
             read()
         assert message in str(e.value) and str(path) in str(e.value)
 
 
-def test_foreign_optimizer_file(tmp_path):
+class Trojan:
+    """Unpickled without care, it makes a folder."""
+    def __reduce__(self):
+        return os.mkdir, ("trojan",)
+
+
+def test_foreign_optimizer_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = saved_run(tmp_path)
     model, optimizers = new_run()
     untouched = [p.detach().clone() for p in model.parameters()]
@@ -299,10 +326,10 @@ def test_foreign_optimizer_file(tmp_path):
         assert checkpoint.find(tmp_path, "latest") == path
         with pytest.raises(ValueError, match="optim_rank0.pt: cannot be read"):
             checkpoint.restore(path, model, optimizers)
-    import pickle
-    (path / "optim_rank0.pt").write_bytes(pickle.dumps(Path("code would run here")))
+    torch.save([Trojan()], path / "optim_rank0.pt")
     with pytest.raises(ValueError, match="optim_rank0.pt: cannot be read"):
         checkpoint.restore(path, model, optimizers)
+    assert not Path("trojan").exists()
     assert all(torch.equal(a, b) for a, b in zip(untouched, model.parameters())) and not any(o.state for o in optimizers)
 
 
@@ -334,205 +361,195 @@ def test_lora_of_other_flags(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Two ranks
+# Two ranks: every function named rank_* runs under one torchrun, with gloo
 
 
 def script_env():
-    paths = [str(ROOT), str(ROOT / "tests")]
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def two_ranks(tmp_path, body, *args, timeout=90):
-    """Runs `body` under torchrun with gloo; `t` is this module. -> the lines each rank wrote with say()."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
-        import os, sys
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        import torch, torch.distributed as dist, torch.nn.functional as F
-        import checkpoint, test_checkpoint as t
-        from common import setup_distributed
-        from model import *
-        torch.set_num_threads(1)
-        rank, _, world_size, device = setup_distributed()
-        out_dir = sys.argv[1]
-        def say(*words):
-            with open(f"{out_dir}/rank{rank}.txt", "a") as f:
-                print(*words, file=f)
-        def train(model, wrapped, optimizers, steps):
-            for step in steps:
-                ids = torch.randint(0, 272, (4, 9), generator=torch.Generator().manual_seed(step))[rank::world_size]
-                loss = F.cross_entropy(F.linear(wrapped(ids[:, :-1]).float(), model.lm_head.weight.float()).flatten(0, 1), ids[:, 1:].flatten())
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            return loss.detach()
-        def sharded_run(**kind):
-            model = Transformer(t.CONFIG).init_weights(0)
-            wrapped = parallelize(model, "fsdp", device, world_size)
-            return model, wrapped, make_optimizers(model, lr=0.01, weight_decay=0.1, **kind)
-    """) + textwrap.dedent(body) + "\ndist.destroy_process_group()\n")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-                          str(script), str(tmp_path), *args], env=script_env(), capture_output=True, text=True, timeout=timeout)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [(tmp_path / f"rank{r}.txt").read_text() for r in range(2)]
+def sharded_run(muon_lr, model):
+    wrapped = parallelize(model, "fsdp", torch.device("cpu"), world_size=2)
+    return model, wrapped, make_optimizers(model, lr=0.01, weight_decay=0.1, muon_lr=muon_lr)
 
 
-def test_fsdp_saves_the_whole_model_and_resumes_exactly(tmp_path):
-    said = two_ranks(tmp_path, """
-        for name, muon_lr in (("adamw", 0.0), ("muon", 0.02)):
-            model, wrapped, optimizers = sharded_run(muon_lr=muon_lr)
-            assert checkpoint.is_sharded(model)
-            train(model, wrapped, optimizers, range(3))
-            with torch.no_grad():
-                wrapped(torch.zeros(1, 4, dtype=torch.long))       # an evaluation leaves the root's weights whole
-            path = checkpoint.save(f"{out_dir}/{name}", 3, model, t.tokenizer, optimizers, state=t.STATE, config={}, rank=rank, world_size=2)
-            assert path.is_dir()
-            train(model, wrapped, optimizers, range(3, 6))
+def train_shards(model, wrapped, optimizers, steps, rank=0, world_size=1):
+    for step in steps:
+        ids = torch.randint(0, 272, (4, 9), generator=torch.Generator().manual_seed(step))[rank::world_size]
+        F.cross_entropy(F.linear(wrapped(ids[:, :-1]), model.lm_head.weight).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
-            found = checkpoint.find(f"{out_dir}/{name}", "latest")
-            again, _ = checkpoint.load_hf(found)
-            wrapped = parallelize(again, "fsdp", device, world_size)
-            optimizers_again = make_optimizers(again, lr=0.01, weight_decay=0.1, muon_lr=muon_lr)
-            assert checkpoint.restore(found, again, optimizers_again, rank, world_size) == t.STATE
-            train(again, wrapped, optimizers_again, range(3, 6))
-            for a, b in zip(model.parameters(), again.parameters()):
-                assert torch.equal(a.full_tensor(), b.full_tensor())
-            for a, b in zip(optimizers, optimizers_again):
-                for p, q in zip(a.state.values(), b.state.values()):
-                    assert p.keys() == q.keys() and all(torch.equal(getattr(p[k], "_local_tensor", p[k]), getattr(q[k], "_local_tensor", q[k])) for k in p)
-            say(name, "same")
-    """)
-    assert said == ["adamw same\nmuon same\n"] * 2
-    for name, muon_lr in (("adamw", 0.0), ("muon", 0.02)):
-        path = tmp_path / name / "step_000003"
+
+def save_shards(out_dir, step, model, optimizers, rank):
+    return save(out_dir, step, model, optimizers, rank=rank, world_size=2)
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rank_resumes_exactly(out_dir, rank):
+    for kind, muon_lr in (("adamw", 0.0), ("muon", 0.02), ("lora", 0.0)):
+        model = Transformer(CONFIG).init_weights(0)
+        model, wrapped, optimizers = sharded_run(muon_lr, add_lora(model, 2, alpha=4.0) if kind == "lora" else model)
+        assert checkpoint.is_sharded(model)
+        train_shards(model, wrapped, optimizers, range(3), rank, 2)
+        with torch.no_grad():
+            wrapped(torch.zeros(1, 4, dtype=torch.long))                   # an evaluation leaves the root's weights whole
+        path = save_shards(out_dir / kind, 3, model, optimizers, rank)
         assert {"optim_rank0.pt", "optim_rank1.pt", "model.safetensors"} <= set(names(path))
-        # the same run without ranks: 4 rows per step
-        model, optimizers = Transformer(CONFIG).init_weights(0), None
-        optimizers = make_optimizers(model, lr=0.01, weight_decay=0.1, muon_lr=muon_lr)
-        for step in range(3):
-            ids = torch.randint(0, 272, (4, 9), generator=torch.Generator().manual_seed(step))
-            F.cross_entropy(F.linear(model(ids[:, :-1]), model.lm_head.weight).flatten(0, 1), ids[:, 1:].flatten()).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        tensors = load_file(path / "model.safetensors")
-        assert tensors.keys() == dict(model.named_parameters()).keys()
-        for n, p in model.named_parameters():
-            # AdamW to fp32 rounding; Muon's iteration is bfloat16, three updates of size 0.02 differ in their second digit
-            torch.testing.assert_close(tensors[n], p.detach(), rtol=0, atol=2e-3 if muon_lr else 1e-5)
-    # whoever is alone reads the weights, and is told that the optimizer state is in two parts
-    model, _ = checkpoint.load_hf(path)
-    with pytest.raises(ValueError, match="holds 2 FSDP shards, this run has whole weights: resume with the same --parallel and number of proc"):
-        checkpoint.restore(path, model, make_optimizers(model, lr=0.01, muon_lr=0.02))
+        train_shards(model, wrapped, optimizers, range(3, 6), rank, 2)     # the run that was never stopped
+
+        found = checkpoint.find(out_dir / kind, "latest")
+        again, _ = checkpoint.load_hf(found)
+        if kind == "lora":
+            checkpoint.restore_lora(found, add_lora(again, 2, alpha=4.0, seed=99))
+        again, wrapped, optimizers_again = sharded_run(muon_lr, again)
+        assert checkpoint.restore(found, again, optimizers_again, rank, world_size=2) == STATE
+        train_shards(again, wrapped, optimizers_again, range(3, 6), rank, 2)
+        for a, b in zip(model.parameters(), again.parameters()):
+            assert torch.equal(checkpoint.whole(a), checkpoint.whole(b))
+        for a, b in zip(optimizers, optimizers_again):
+            assert len(a.state) == len(b.state) > 0
+            for p, q in zip(a.state.values(), b.state.values()):
+                assert p.keys() == q.keys() and all(torch.equal(local(p[k]), local(q[k])) for k in p)
 
 
-def test_sharded_muon_is_as_exact_as_muon(tmp_path):
-    """Newton-Schulz in bfloat16 on shards: its distance to the iteration in fp64 is that of the unsharded one, and a little more."""
-    said = two_ranks(tmp_path, """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Shard, distribute_tensor
-        mesh = init_device_mesh("cpu", (2,))
-        def exact(g):
-            x = g.double() if g.shape[0] <= g.shape[1] else g.double().T
-            x = x / x.norm()
-            for _ in range(5):
-                gram = x @ x.T
-                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-            return x if g.shape[0] <= g.shape[1] else x.T
-        def update(weight, grad):
-            weight = torch.nn.Parameter(weight)
-            weight.grad = grad
-            torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0).step()
-            return weight.detach()
-        for shape in ((24, 40), (40, 24), (33, 32), (65, 64), (7, 48)):
-            g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            truth = -exact(g) * max(1, shape[0] / shape[1]) ** 0.5
-            plain = update(torch.zeros(shape), g).double()
-            parts = update(distribute_tensor(torch.zeros(shape), mesh, [Shard(0)]), distribute_tensor(g, mesh, [Shard(0)])).full_tensor().double()
-            errors = [((x - truth).norm() / truth.norm()).item() for x in (plain, parts)]
-            assert 0 < errors[0] < 0.03 and errors[1] < 1.5 * errors[0] + 0.01, (shape, errors)
-        say("exact enough")
-    """)
-    assert said == ["exact enough\n"] * 2
+def rank_saves_the_whole_model(out_dir, rank):
+    """What the function above saved equals three steps without ranks."""
+    for kind, muon_lr in (("adamw", 0.0), ("muon", 0.02)):
+        model, before = (Transformer(CONFIG).init_weights(0) for _ in range(2))
+        train_shards(model, model, make_optimizers(model, lr=0.01, weight_decay=0.1, muon_lr=muon_lr), range(3))
+        found = load_file(out_dir / kind / "step_000003/model.safetensors")
+        expected, start = dict(model.named_parameters()), before.state_dict()
+        assert found.keys() == expected.keys()
+        error = sum((found[n] - expected[n]).square().sum() for n in found) / sum((start[n] - expected[n]).square().sum() for n in found)
+        # of what was learned; AdamW differs by fp32 rounding, Muon's iteration by that of bfloat16
+        assert error.sqrt() < (0.1 if muon_lr else 1e-3), (kind, error.sqrt())
 
 
-def test_fsdp_computes_what_one_process_computes_in_bfloat16(tmp_path):
-    """Gathered in bfloat16, master weights and their gradients in fp32."""
-    said = two_ranks(tmp_path, """
-        losses = {}
-        for kind in ("fsdp", "whole"):
-            model = Transformer(t.CONFIG, compute_dtype=torch.bfloat16).init_weights(0)
-            with torch.no_grad():                                  # no identity blocks
-                for name, p in model.named_parameters():
-                    p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-            wrapped = parallelize(model, kind, device, world_size) if kind == "fsdp" else model
-            ids = torch.randint(0, 272, (2, 9), generator=torch.Generator().manual_seed(0))
-            for _ in range(2):                                     # two micro-batches
-                hidden = wrapped(ids)
-                assert hidden.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
-                loss = F.linear(hidden.float(), model.lm_head.weight).log_softmax(-1)[..., 5].mean()
-                loss.backward()
-            grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}
-            losses[kind] = loss.item(), grads
-        assert losses["fsdp"][0] == losses["whole"][0]
-        for n, g in losses["whole"][1].items():
-            h = losses["fsdp"][1][n]
-            assert h.dtype == torch.float32 and (g - h).norm() < 0.01 * g.norm(), n
-        say("equal")
-    """)
-    assert said == ["equal\n"] * 2
+def rank_muon_is_as_exact_on_shards(out_dir, rank):
+    """Newton-Schulz on shards, in bfloat16: its distance to the iteration in fp64 is what torch's has on whole matrices."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    mesh = init_device_mesh("cpu", (2,))
+
+    def update(muon, weight, grad):
+        weight = torch.nn.Parameter(weight)
+        weight.grad = grad
+        muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0).step()
+        return checkpoint.whole(weight.detach()).double()
+
+    for shape in ((24, 40), (40, 24), (33, 32), (65, 64), (7, 48)):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x = grad.double() / grad.double().norm()
+        for _ in range(5):
+            x = 3.4445 * x + (-4.7750 * x @ x.T + 2.0315 * x @ x.T @ x @ x.T) @ x
+        truth = -x * max(1, shape[0] / shape[1]) ** 0.5
+        shards = [distribute_tensor(t, mesh, [Shard(0)]) for t in (torch.zeros(shape), grad)]
+        updates = update(torch.optim.Muon, torch.zeros(shape), grad), update(Muon, torch.zeros(shape), grad), update(Muon, *shards)
+        plain, whole, sharded = (((u - truth).norm() / truth.norm()).item() for u in updates)
+        assert 0 < plain < 0.03 and whole < 1e-4 and 0 < sharded < 1.5 * plain + 0.01, (shape, plain, whole, sharded)
 
 
-def test_wrong_number_of_ranks_and_kinds(tmp_path):
-    said = two_ranks(tmp_path, """
-        model, wrapped, optimizers = sharded_run()
-        train(model, wrapped, optimizers, range(1))
-        path = checkpoint.save(f"{out_dir}/sharded", 1, model, t.tokenizer, optimizers, state={}, config={}, rank=rank, world_size=2)
-        def complain(path, model, optimizers, world_size):
-            try:
-                checkpoint.restore(path, model, optimizers, rank, world_size)
-            except ValueError as e:
-                say(str(e).replace(out_dir, ""))
-        complain(path, model, optimizers, 4)
-        whole = Transformer(t.CONFIG).init_weights(0)
-        parallelize(whole, "ddp", device, world_size)
-        complain(path, whole, make_optimizers(whole, lr=0.01), 2)
-        path = checkpoint.save(f"{out_dir}/whole", 1, whole, t.tokenizer, make_optimizers(whole, lr=0.01), state={}, config={}, rank=rank, world_size=2)
-        complain(path, model, optimizers, 2)
-    """)
-    advice = ": resume with the same --parallel and number of processes, or start from it with --init\n"
-    assert said == [f"/sharded/step_000001 holds 2 FSDP shards, this run has 4 FSDP shards{advice}"
-                    f"/sharded/step_000001 holds 2 FSDP shards, this run has whole weights{advice}"
-                    f"/whole/step_000001 holds whole weights, this run has 2 FSDP shards{advice}"] * 2
-    # whole weights are one file for all ranks, and one process may continue them
-    path = tmp_path / "whole/step_000001"
-    assert "optim_rank1.pt" not in names(path)
-    model, _ = checkpoint.load_hf(path)
-    assert checkpoint.restore(path, model, make_optimizers(model, lr=0.01)) == {}
+def rank_computes_in_bfloat16(out_dir, rank):
+    """Blocks are gathered in bfloat16; master weights and gradients are fp32, and what comes out is what one process computes."""
+    losses, grads = [], []
+    for sharded in (False, True):
+        model = Transformer(CONFIG, compute_dtype=torch.bfloat16).init_weights(0)
+        with torch.no_grad():                                              # no identity blocks
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        wrapped = parallelize(model, "fsdp", torch.device("cpu"), world_size=2) if sharded else model
+        for _ in range(2):                                                 # two micro-batches
+            hidden = wrapped(torch.arange(18).view(2, 9))
+            assert hidden.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+            loss = F.linear(hidden.float(), model.lm_head.weight).log_softmax(-1)[..., 5].mean()
+            loss.backward()
+        losses.append(loss.item())
+        grads.append({n: checkpoint.whole(p.grad) for n, p in model.named_parameters()})
+    assert losses[0] == losses[1]
+    for name, g in grads[0].items():
+        assert grads[1][name].dtype == torch.float32 and (g - grads[1][name]).norm() < 0.01 * g.norm(), name
 
 
-def test_failure_on_one_rank_raises_on_both(tmp_path):
-    said = two_ranks(tmp_path, """
-        model, wrapped, optimizers = sharded_run()
-        good = checkpoint.save(f"{out_dir}/run", 1, model, t.tokenizer, optimizers, state={}, config={}, rank=rank, world_size=2)
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
-        for fails_on, module, name in ((1, torch, "save"), (0, checkpoint, "save_file"), (0, checkpoint, "put_in_place"), (0, checkpoint.Path, "mkdir"),
-                                       (0, checkpoint, "config_to_hf")):
-            kept = getattr(module, name)
+def rank_refuses_other_shards(out_dir, rank):
+    sharded, wrapped, sharded_optimizers = sharded_run(0.0, Transformer(CONFIG).init_weights(0))
+    train_shards(sharded, wrapped, sharded_optimizers, range(1), rank, 2)
+    whole, _ = new_run()
+    parallelize(whole, "ddp", torch.device("cpu"), world_size=2)
+    whole_optimizers = make_optimizers(whole, lr=0.01)
+    shards_path = save_shards(out_dir / "shards", 1, sharded, sharded_optimizers, rank)
+    whole_path = save_shards(out_dir / "whole", 1, whole, whole_optimizers, rank)
+    assert "optim_rank1.pt" not in names(whole_path)                       # the same on every rank: one file
+    for path, model, optimizers, world_size, message in (
+            (shards_path, sharded, sharded_optimizers, 4, "shards/step_000001 holds 2 FSDP shards, this run has 4 FSDP shards"),
+            (shards_path, whole, whole_optimizers, 2, "shards/step_000001 holds 2 FSDP shards, this run has whole weights"),
+            (whole_path, sharded, sharded_optimizers, 2, "whole/step_000001 holds whole weights, this run has 2 FSDP shards")):
+        with pytest.raises(ValueError, match=message + ": resume with the same --parallel and number of processes"):
+            checkpoint.restore(path, model, optimizers, rank, world_size)
+
+
+def rank_failure_raises_on_both(out_dir, rank):
+    model, wrapped, optimizers = sharded_run(0.0, Transformer(CONFIG).init_weights(0))
+    good = save_shards(out_dir / "run", 1, model, optimizers, rank)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    for fails_on, module, name in ((1, torch, "save"), (0, checkpoint, "save_file"), (0, checkpoint, "put_in_place"), (0, Path, "mkdir"),
+                                   (0, checkpoint, "config_to_hf")):
+        with pytest.MonkeyPatch.context() as patch:
             if rank == fails_on:
-                setattr(module, name, full)
-            try:
-                checkpoint.save(f"{out_dir}/run", 2, model, t.tokenizer, optimizers, state={}, config={}, rank=rank, world_size=2)
-            except OSError as e:
-                assert f"rank {fails_on}: OSError: [Errno 28] No space left" in str(e) and "step_000002 could not be saved" in str(e), e
-                say(name)
-            setattr(module, name, kept)
-            dist.barrier()
-            assert t.names(f"{out_dir}/run") == ["step_000001"], t.names(f"{out_dir}/run")
-            assert checkpoint.find(f"{out_dir}/run", "latest") == good
-        checkpoint.save(f"{out_dir}/run", 2, model, t.tokenizer, optimizers, state={}, config={}, rank=rank, world_size=2)
-    """)
-    assert said == ["save\nsave_file\nput_in_place\nmkdir\nconfig_to_hf\n"] * 2
-    assert names(tmp_path / "run") == ["step_000001", "step_000002"]
+                patch.setattr(module, name, full)
+            with pytest.raises(OSError, match=rf"step_000002 could not be saved: rank {fails_on}: OSError: \[Errno 28\] No space left"):
+                save_shards(out_dir / "run", 2, model, optimizers, rank)
+        dist.barrier()
+        assert names(out_dir / "run") == ["step_000001"] and checkpoint.find(out_dir / "run", "latest") == good
+    save_shards(out_dir / "run", 2, model, optimizers, rank)
+    assert names(out_dir / "run") == ["step_000001", "step_000002"]
+
+
+def rank_sums(out_dir, rank):
+    total = all_reduce_sum(rank + 2**40)
+    assert total == 2**41 + 1 and type(total) is int
+    assert all_reduce_sum(0.1 + rank) == 0.1 + 1.1
+    mine = torch.tensor([1.0, 10.0 * rank], requires_grad=True)
+    assert all_reduce_sum(mine).tolist() == [2.0, 10.0] and mine.tolist() == [1.0, 10.0 * rank]
+
+
+RANK_TESTS = [rank_sums, rank_resumes_exactly, rank_saves_the_whole_model, rank_muon_is_as_exact_on_shards, rank_computes_in_bfloat16,
+              rank_refuses_other_shards, rank_failure_raises_on_both]
+
+
+def test_under_two_ranks(tmp_path):
+    """One launch for all of RANK_TESTS, since starting torch three times takes longer than they do; the first to fail ends it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    run = subprocess.run([*torchrun, __file__, "ranks", tmp_path], env=script_env(), capture_output=True, text=True, timeout=240)
+    for rank in range(2):
+        passed = (tmp_path / f"rank{rank}.txt").read_text().split()
+        assert passed == [f.__name__ for f in RANK_TESTS], f"rank {rank} stopped after {passed}: {run.stderr[-4000:]}"
+    assert run.returncode == 0, run.stderr[-4000:]
+    # one process reads the weights of two, and is told that the optimizer state is in parts; whole weights it may continue
+    model, _ = checkpoint.load_hf(tmp_path / "adamw/step_000003")
+    with pytest.raises(ValueError, match="holds 2 FSDP shards, this run has whole weights"):
+        checkpoint.restore(tmp_path / "adamw/step_000003", model, make_optimizers(model, lr=0.01))
+    model, _ = checkpoint.load_hf(tmp_path / "whole/step_000001")
+    assert checkpoint.restore(tmp_path / "whole/step_000001", model, make_optimizers(model, lr=0.01)) == STATE
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out_dir = Path(sys.argv[2])
+    if sys.argv[1] == "limited":
+        limited(out_dir)
+    else:
+        rank = setup_distributed()[0]
+        with open(out_dir / f"rank{rank}.txt", "w", buffering=1) as done:
+            for rank_test in RANK_TESTS:
+                rank_test(out_dir, rank)
+                print(rank_test.__name__, file=done)
+                dist.barrier()
+        dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (SIZES, ModelConfig, RMSNorm, RopeScaling, ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size,
+from model import (SIZES, ModelConfig, Muon, RMSNorm, RopeScaling, ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size,
                    flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rotate)
 
 TINY = ModelConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -285,11 +285,11 @@ def test_lora(kind):
 
 
 def test_lora_by_hand():
-    model = add_lora(Transformer(TINY).init_weights(0), rank=1, alpha=4.0)
+    model = add_lora(Transformer(TINY).init_weights(0), rank=2, alpha=6.0)
     layer = model.model.layers[0].mlp.down_proj                            # 40 -> 24
     layer.weight.data.fill_(0.0)
-    layer.lora_A.data, layer.lora_B.data = torch.full((1, 40), 0.5), torch.arange(24.0)[:, None]
-    assert layer(torch.ones(1, 40))[0].tolist() == [4 * 20.0 * i for i in range(24)]        # alpha / rank * (A x) * B
+    layer.lora_A.data, layer.lora_B.data = torch.full((2, 40), 0.5), torch.arange(24.0)[:, None].expand(24, 2).contiguous()
+    assert layer(torch.ones(1, 40))[0].tolist() == [6 / 2 * 2 * 20.0 * i for i in range(24)]       # alpha / rank * B (A x)
 
 
 def test_lora_is_seeded():
@@ -353,6 +353,37 @@ def test_weight_decay_shrinks_matrices_only():
     for name, p in model.named_parameters():
         rate = 0.0 if p.ndim != 2 else 0.2 if "layers." in name else 0.1
         torch.testing.assert_close(p, before[name] * (1 - rate * 0.5), rtol=1e-6, atol=0)
+
+
+def test_muon_is_torchs_muon_without_the_rounding():
+    shapes = [(24, 40), (40, 24), (24, 40), (32, 32), (64, 8)]
+    options = dict(lr=0.5, weight_decay=0.1, momentum=0.9)
+    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(sum(s)))) for s in shapes] for _ in range(2))
+    unused = torch.nn.Parameter(torch.ones(3, 3))
+    optimizers = Muon([*ours, unused], **options), torch.optim.Muon([*theirs, unused], **options)
+    for step in range(3):
+        before = [p.detach().clone() for p in ours]
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            q.grad, q.data = p.grad.clone(), p.data.clone()                # each step from the same weights
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, old in zip(ours, theirs, before):
+            assert 0 < (p - q).norm() < 0.03 * (p - old).norm()            # bfloat16 has 8 bits
+    assert all(torch.equal(optimizers[0].state[p]["momentum_buffer"], optimizers[1].state[q]["momentum_buffer"]) for p, q in zip(ours, theirs))
+    assert unused.tolist() == [[1.0] * 3] * 3
+    a, b = (o.state_dict() for o in optimizers)                            # what one saved, the other continues
+    assert a["param_groups"] == b["param_groups"]
+    assert {i: s.keys() for i, s in a["state"].items()} == {i: s.keys() for i, s in b["state"].items()}
+
+    # a diagonal gradient stays diagonal: each entry goes five times through x -> 3.4445 x - 4.775 x³ + 2.0315 x⁵, from g / |g|
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.diag(torch.tensor([3.0, 4.0]))
+    Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0).step()
+    expected = [0.6, 0.8]
+    for _ in range(5):
+        expected = [3.4445 * x - 4.775 * x**3 + 2.0315 * x**5 for x in expected]
+    torch.testing.assert_close(weight.detach(), -torch.diag(torch.tensor(expected)), rtol=1e-5, atol=1e-6)
 
 
 def test_clip_grad_norm():

@@ -56,8 +56,9 @@ def train(style):
     if style == "qwen2":
         hf.normalizer = normalizers.NFC()
     # SmolLM2 has its special tokens before the bytes, the others after the merges
-    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, special_tokens=SPECIAL if style == "smollm2" else [],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=40)
+    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, max_token_length=40,
+                                  special_tokens=SPECIAL if style == "smollm2" else [],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     texts = CODE.splitlines(keepends=True) if style in ("no_split", "odd_split") else [CODE]
     hf.train_from_iterator([*texts, KOREAN * 50, ENGLISH * 20], trainer)
     hf.add_special_tokens(SPECIAL)
@@ -97,7 +98,8 @@ def random_strings(num, seed=0):
     rng = random.Random(seed)
     assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     hangul = [chr(c) for c in range(0xac00, 0xd7a4)] + [chr(c) for c in range(0x1100, 0x1200)]
-    dense = list(" \t\n\r\v\u00a0\u3000\u200b0123456789½٣Ⅷ'’aeiouLlSsTt.,!?()_-가나다") + ["  ", "\r\n", "'ll", "'S", "e\u0301"]
+    dense = ["  ", "\r\n", "'ll", "'S", "e\u0301", *" \t\n\r\v\u00a0\u3000\u200b"]
+    dense += "0123456789½٣Ⅷ'’aeiouLlSsTt.,!?()_-가나다"
     alphabets = [assigned, dense, hangul + dense, [chr(c) for c in range(128)], assigned[:3000] + dense]
     return ["".join(rng.choices(rng.choice(alphabets), k=rng.randrange(24))) for _ in range(num)]
 
@@ -106,7 +108,7 @@ def assert_equal_ids(spec, texts):
     ours, theirs = both(spec)
     differ = 0
     for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
-        if theirs.normalizer is not None and theirs.normalizer.normalize_str(text) != unicodedata.normalize("NFC", text):
+        if ours.nfc and theirs.normalizer.normalize_str(text) != unicodedata.normalize("NFC", text):
             differ += 1                       # their Unicode tables are older: stacks of rare combining marks
             continue
         assert ours.encode(text) == encoding.ids, repr(text)
@@ -122,7 +124,7 @@ def test_equal_ids_on_random_unicode(specs, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_equal_ids_on_korean_and_code(specs, style):
     other_code = Path(json.__file__).with_name("encoder.py").read_text()
-    texts = [KOREAN, unicodedata.normalize("NFD", KOREAN), ENGLISH, CODE[:20_000], other_code, KOREAN + other_code + ENGLISH]
+    texts = [KOREAN, unicodedata.normalize("NFD", KOREAN), ENGLISH, CODE[:20_000], KOREAN + other_code + ENGLISH]
     assert_equal_ids(specs[style], texts)
     assert len(both(specs[style])[0].encode(KOREAN)) < len(KOREAN)             # and the merges are at work
 
@@ -164,8 +166,8 @@ def test_merges_as_pairs_or_as_strings(specs):
 
 def random_merges(rng):
     """A BPE nobody trained: merges in random order, used before they are made, made twice, never made."""
-    tokens, pairs = ["a", "b", "c"], set()
-    for _ in range(rng.randrange(2, 14)):
+    tokens, pairs = rng.choice([["a", "b"], ["a", "b", "c"]]), set()
+    for _ in range(rng.randrange(2, 24)):
         pair = (rng.choice(tokens), rng.choice(tokens))
         if len(pair[0] + pair[1]) < 9:
             pairs.add(pair)
@@ -188,7 +190,7 @@ def test_ranks_by_token_equal_ranks_by_pair_for_any_merges(ignore_merges):
         spec = copy.deepcopy(byte_level)
         spec["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
         spec["added_tokens"] = []
-        texts = ["".join(rng.choices("abc", k=rng.randrange(1, 12))) for _ in range(30)]
+        texts = ["".join(rng.choices(rng.choice(["ab", "abc"]), k=rng.randrange(1, 16))) for _ in range(50)]
         texts += ["cc", "abcab", "bcabc", "aaaaaaa"]
         try:
             ours, theirs = both(spec)
@@ -237,7 +239,8 @@ def test_what_cannot_be_represented_is_refused_with_the_reason(specs):
         (pre(one_split, byte_level), "use_regex"),
         (pre({**one_split, "behavior": "Removed"}, split["pretokenizers"][1]), "Isolated"),
         (pre({**one_split, "pattern": {"String": " "}}, split["pretokenizers"][1]), "Regex"),
-        (pre({**one_split, "pattern": {"Regex": r"\h+|."}}, split["pretokenizers"][1]), "syntax"),
+        (pre({**one_split, "pattern": {"Regex": r"\h+"}}, split["pretokenizers"][1]), "syntax"),
+        (pre({**one_split, "pattern": {"Regex": r"(?<=a)b"}}, split["pretokenizers"][1]), "syntax"),
         (lambda s: s.update(decoder={"type": "Fuse"}), "decoder"),
         (lambda s: s["model"]["vocab"].pop("!"), "0x21"),
         (lambda s: s["model"]["vocab"].update({"한국": 99_999}), "alphabet"),
@@ -286,10 +289,9 @@ def test_byte_ids():
 def test_bytes_round_trip(specs, style):
     tokenizer = Tokenizer.bytes() if style == "bytes" else both(specs[style])[0]
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.lists(st.one_of(st.binary(max_size=8), st.text(max_size=8).map(str.encode), st.just("e\u0301".encode()))))
-    def check(parts):
-        data = b"".join(parts)
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.binary(max_size=8) | st.text("az 7\n.가é\u0301", max_size=8).map(str.encode)).map(b"".join))
+    def check(data):
         ids = tokenizer.encode_bytes(data)
         assert ids.dtype == np.int32 and tokenizer.decode_bytes(ids) == data
         assert tokenizer.decode_bytes(torch.from_numpy(ids)) == data
@@ -317,11 +319,11 @@ def test_surrogates(specs, style):
 def test_huge_runs(specs, style):
     """tiktoken alone gives up on white space: 'Max stack size exceeded' from half a million characters on."""
     ours, theirs = both(specs[style])
-    for unit in ("a", " ", "\n", " \n", "!", "7", "가", "ab "):
-        text = "x" + unit * (1_000_000 // len(unit)) + "y"
+    for unit, num in ((" ", 1_048_576), ("\n", 700_000), ("a", 1_000_000), ("7", 100_000), ("가", 100_000)):
+        text = "x" + unit * num + "y"
         assert ours.decode(ours.encode(text)) == text
     rng = random.Random(0)
-    for _ in range(300):                      # runs around the blocks that white space is matched in
+    for _ in range(200):                      # runs around the blocks that white space is matched in
         run = "".join(rng.choices(" \t\n\u3000" if rng.random() < 0.5 else " ", k=rng.randrange(200, 1100)))
         text = rng.choice(["", "x", "!", "1"]) + run + rng.choice(["", "x", "!", "1", " x"])
         assert ours.encode(text) == theirs.encode(text).ids

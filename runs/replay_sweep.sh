@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# How much replay is enough? Mid-training on English reasoning from one base per seed, the same new documents in every arm, r = 0 to .20;
+# then SFT from the base and from the r = .20 model, the latter in half the steps. Tables in out/replay_sweep/. Two processes at a time;
+# about 35 minutes on 2 cores for 3 seeds. Finished runs are kept, so that the script can be started again.
+#     bash runs/replay_sweep.sh                      SEEDS="0 1 2" NEW_TOKENS=800000 bash runs/replay_sweep.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 WANDB_MODE=disabled
+if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+SEEDS=${SEEDS:-"0 1 2"} NEW_TOKENS=${NEW_TOKENS:-500000} SFT_STEPS=${SFT_STEPS:-260}
+root=out/replay_sweep
+mkdir -p $root
+shape="--seq_len=384 --device_batch_size=8 --total_batch_size=3072 --eval_every=0"
+old=toy/facts_en,toy/facts_ko,toy/text_en,toy/text_ko,stdlib
+oldmix=facts_en:.35,facts_ko:.3,text_en:.05,text_ko:.05,stdlib:.25                  # of the replayed tokens
+sft="--decay_share=.3 --data=toy --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07"
+
+# train NAME FLAGS... : skipped when it has finished; its output goes to a file
+train() {
+    local name=$1; shift
+    if ! tail -n 1 "$root/$name.log" 2>/dev/null | grep -q '"checkpoint"'; then
+        python train_sft.py --name=replay_sweep/$name --overwrite $shape "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
+    fi
+    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-110)"
+}
+# two at a time: starts a job when fewer than two are running
+spawn() { while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done; "$@" & }
+join() { while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done; }
+
+for seed in $SEEDS; do
+    spawn train base_s$seed --seed=$seed --data=$old --mix=facts_en:.2,facts_ko:.2,text_en:.1,text_ko:.1,stdlib:.4 --num_steps=150
+done
+join
+for seed in $SEEDS; do
+    for r in .20 .05 .01 0; do
+        spawn train mid_r${r}_s$seed --seed=$seed --init=$root/base_s$seed --data=toy/reasoning --replay_data=$old --replay=$r \
+            --mix=$oldmix --new_tokens=$NEW_TOKENS
+    done
+done
+join
+for seed in $SEEDS; do
+    spawn train sft_base_s$seed --seed=$seed --init=$root/base_s$seed $sft --num_steps=$SFT_STEPS
+    spawn train sft_mid_s$seed --seed=$seed --init=$root/mid_r.20_s$seed $sft --num_steps=$((SFT_STEPS / 2))
+done
+join
+evaluate() { python eval.py --out=$root/eval_$1 "${@:2}" > "$root/eval_$1.log" 2>&1 || { tail -n 5 "$root/eval_$1.log"; exit 1; }; }
+for seed in $SEEDS; do
+    mids=$(for r in 0 .01 .05 .20; do printf ",$root/mid_r${r}_s$seed"; done)
+    spawn evaluate mid_s$seed --init=$root/base_s$seed$mids --max_bytes=40000 --tasks=bpb:stdlib,facts_en,facts_ko,reasoning,reasoning@test_template
+    spawn evaluate sft_s$seed --init=$root/sft_base_s$seed,$root/sft_mid_s$seed \
+        --tasks=math_en,math_en@test_template,math_ko,code,tool,chat_en,chat_ko
+done
+join
+python runs/seeds_table.py $root/eval_mid_s* $root/eval_sft_s*
