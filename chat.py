@@ -87,7 +87,8 @@ def main(cfg):
     def ask(message):
         nonlocal history
         if history:
-            ids = history + tokenizer.encode("\n") + tokenizer.render_prompt([{"role": "user", "content": message}], continued=True)
+            ended = history[-1] == tokenizer.end_of_turn_id          # not if the last answer was cut
+            ids = history + ([] if ended else [tokenizer.end_of_turn_id]) + tokenizer.render_user_turn(message)
         else:
             ids = tokenizer.render_prompt(start + [{"role": "user", "content": message}], tools)
         new_ids, text = reply(model, tokenizer, ids, cfg, turn)

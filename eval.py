@@ -6,7 +6,7 @@ Every checkpoint sees the same problems, answers them greedily and is graded by 
 Wilson intervals, bits per byte bootstrap intervals over documents, and differences to the first checkpoint are paired bootstraps. An
 answer that cannot be read is not right and stays in the denominator; a grader that failed voids the task's score, it is never a 0.
 
-Tasks: bpb:<source> (a text source of data/, its held-out part), the toy tasks (<task>, or <task>@test_template for held-out phrasings),
+Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), the toy tasks (<task>, or <task>@test_template for held-out phrasings),
 gsm8k. The toy chat tasks with tools run them: the turn's call is executed and its result is appended, token in, token out.
 """
 import difflib
@@ -74,9 +74,10 @@ def bits_per_byte(model, tokenizer, source, max_bytes, seed=0, seq_len=0):
     its bytes count. End-of-text counts its bits and no bytes. The same text gives the same number whatever the batch.
     """
     seq_len = seq_len or min(256, model.config.max_positions)
-    file = open_sources(source, tokenizer, seq_len=seq_len, cache_dir="out/cache", split="val")
-    if len(file) != 1 and sum(map(len, file.values())) == 0:
-        raise ValueError(f"bpb:{source}: no held-out text there")
+    own_split = source == "stdlib" or source.startswith("toy/")
+    file = open_sources(source, tokenizer, seq_len=seq_len, cache_dir="out/cache", split="val" if own_split else "train", val_share=0)
+    if any(s.kind == "chat" for s in file.values()):
+        raise ValueError(f"bpb:{source}: these are conversations, bits per byte are of plain text")
     device = model.lm_head.weight.device
     length = np.array([len(tokenizer.decode_bytes([i])) if i not in tokenizer.specials.values() else 0 for i in range(tokenizer.vocab_size)])
     loader = Loader(file, None, seq_len=seq_len, seed=seed, pack=False)
@@ -164,7 +165,7 @@ def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, see
         extra = dict(lenient=sum(lenient) / len(lenient))
     elif name in toy.TEXT_TASKS + toy.CHAT_TASKS:
         problems = toy.problems(name, split or "test", seed=seed, num=num_problems)
-        said = answer(model, tokenizer, problems, max_new_tokens=160 if name in toy.CHAT_TASKS else 40, desc=desc)
+        said = answer(model, tokenizer, problems, max_new_tokens=toy.MAX_NEW_TOKENS[name], desc=desc)
         outcomes = [toy.grade(p, m if name in toy.CHAT_TASKS else m[0]["content"]) for p, m in zip(problems, said)]
         if toy.tools_of(name):                                           # was the call right, whatever was made of its result?
             calls = [toy.grade_call(p, m) == Outcome.RIGHT for p, m in zip(problems, said)]

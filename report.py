@@ -2,7 +2,7 @@
 
     python report.py --root=out/quickstart
 
-Reads what the runs left (metrics.jsonl, eval.json) and computes nothing new. A stage that did not run is left out.
+Reads what the runs left (metrics.jsonl, eval.json) and computes nothing new.
 """
 import json
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Config:
     root: str = "out/quickstart"     # folder of the runs; the report goes there too
 
 
-STAGES = {"base": "base", "mid_r0": "mid, no replay", "mid_r20": "mid, 20 % replay", "sft_base": "SFT from base", "sft": "SFT from mid"}
-COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft_base": "#e09f3e", "sft": "#3a7d44"}
+STAGES = {"base": "base", "mid_r0": "mid, no replay", "mid_r20": "mid, 20 % replay", "sft": "SFT"}
+COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft": "#3a7d44"}
 
 
 def series(root, stage, key):
@@ -56,7 +56,7 @@ def picture(root, mid, sft, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, 3, figsize=(15, 8.5))
-    (loss, retention, forgetting), (learning, tasks, by_source) = axes
+    (loss, forgetting, retention), (text, by_source, tasks) = axes
 
     start = 0
     for stage in ("base", "mid_r0", "mid_r20"):
@@ -69,26 +69,30 @@ def picture(root, mid, sft, path):
     loss.set(title="Training loss: base, then mid-training", xlabel="step", ylabel="nats per token (smoothed)", ylim=(0, 4))
 
     interval_bars(retention, mid, ["facts_en", "facts_ko", "reasoning"], ["base", "mid_r0", "mid_r20"])
-    retention.set(title="What replay keeps (facts), and the new skill", ylabel="share right, 95 % interval")
+    retention.set(title="What replay keeps (facts), what is learned (reasoning)", ylabel="share right, 95 % interval")
 
-    names = [n for n in ("base", "mid_r0", "mid_r20") if n in mid]
+    for stage in ("mid_r0", "mid_r20"):
+        for key, style in (("val/loss_facts_en", "-"), ("val/loss_facts_ko", "--")):
+            forgetting.plot(*series(root, stage, key), style, color=COLORS[stage], label=f"{STAGES[stage]}, {key[-8:]}")
+    forgetting.set(title="Forgetting, while mid-training goes on", xlabel="step", ylabel="loss on the facts, nats per token")
+
+    names = ["base", "mid_r0", "mid_r20"]
     rs = [next(r for r in mid[n] if r["task"].startswith("bpb")) for n in names]
-    forgetting.bar([STAGES[n] for n in names], [r["value"] for r in rs], color=[COLORS[n] for n in names], capsize=3,
-                   yerr=[[r["value"] - r["low"] for r in rs], [r["high"] - r["value"] for r in rs]])
-    forgetting.set(title="Held-out standard library (lower is better)", ylabel="bits per byte, 95 % interval")
+    text.bar([STAGES[n] for n in names], [r["value"] for r in rs], color=[COLORS[n] for n in names], capsize=3,
+             yerr=[[r["value"] - r["low"] for r in rs], [r["high"] - r["value"] for r in rs]])
+    text.set(title="Held-out standard library (lower is better)", ylabel="bits per byte, 95 % interval")
 
-    for stage in ("sft_base", "sft"):
-        learning.plot(*series(root, stage, "val/acc_math_en"), "o-", color=COLORS[stage], label=STAGES[stage])
-    learning.set(title="SFT: unseen English word problems", xlabel="step", ylabel="right call and right answer", ylim=(-0.02, 1.05))
-
-    interval_bars(tasks, sft, [r["task"] for r in sft["sft"]], ["sft_base", "sft"])
-    tasks.set(title="After SFT", ylabel="share right, 95 % interval")
+    interval_bars(tasks, sft, [r["task"] for r in sft["sft"]], ["mid_r20", "sft"])
+    calls = [(i, r["call"]) for i, r in enumerate(sft["sft"]) if "call" in r]
+    tasks.plot([i + 0.2 for i, _ in calls], [c for _, c in calls], "k_", ms=16, label="SFT: right call")
+    tasks.tick_params(axis="x", labelrotation=30)
+    tasks.set(title="Before and after SFT, unseen problems", ylabel="share right, 95 % interval")
 
     last = [line for line in read_jsonl(root / "sft" / "metrics.jsonl") if "train/loss" in line]
     for key in sorted(k for k in last[0] if k.startswith("train/loss_")):
         steps, values = series(root, "sft", key)
         by_source.plot(steps, smooth(values), label=key.removeprefix("train/loss_"))
-    by_source.set(title="SFT from mid: loss by source", xlabel="step", ylabel="nats per token (smoothed)", yscale="log")
+    by_source.set(title="SFT: loss by source", xlabel="step", ylabel="nats per token (smoothed)", yscale="log")
 
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -115,7 +119,8 @@ def cell(text):
 
 def main(cfg):
     root = Path(cfg.root)
-    mid, sft = (short(json.loads((root / folder / "eval.json").read_text())) for folder in ("eval_mid", "eval_sft"))
+    mid, math, rest = (short(json.loads((root / folder / "eval.json").read_text())) for folder in ("eval_mid", "eval_math", "eval_rest"))
+    sft = {name: math[name] + rest[name] for name in math}
     picture(root, mid, sft, root / "report.png")
     runs = [f"| {STAGES[s]} | {len(series(root, s, 'train/loss')[0])} | {series(root, s, 'train/tokens')[1][-1]:,} | "
             f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in STAGES]
@@ -132,7 +137,8 @@ Both mid-trained models saw the same new documents in the same order.
 
 ## SFT
 
-The same SFT from the base and from the mid-trained model. An answer is right if the tool call and the final answer are.
+Unseen problems; `@test_template` also has wording that training never had. An answer is right if the calls and the final answer are; `call` is the
+share of right calls alone.
 
 {evaluation.table(sft)}
 

@@ -213,10 +213,11 @@ class Tokenizer:
         self._order = [*(bytes([b]) for b in range(256)), *sorted(ranks, key=ranks.get)]
         self._bpe, self._id_of_rank = None, None
         if ranks:
-            # Ranks need only be in order, so the file's ids serve as ranks where they ascend with the merges: true of
-            # all four kinds of file. If they do not, ranks are counted and translated to ids after encoding.
+            # Ranks need only be in order, so the file's ids serve where they ascend with the merges, as in GPT-2, Llama-3
+            # and Qwen. Where they do not, ranks are counted, and translated to ids after encoding.
             ids = [vocab[token] for token in self._order]
-            if ids[256:] != sorted(ids[256:]):
+            merged = ids[256:256 + sum(rank < len(pair_rank) for rank in ranks.values())]
+            if merged != sorted(merged):
                 self._id_of_rank, ids = ids, range(len(ids))
             # tiktoken backtracks over white space and fails on a run of half a million; in blocks of 256 the same match
             # (a run less its last character, or all of it if the text ends there) needs 256 times less of its stack
@@ -408,6 +409,10 @@ class Tokenizer:
         newline, the user turn with the results, the next generation prompt.
         """
         return self._join([["\n"], *self._tool_turn(results), self._generation_prompt()])
+
+    def render_user_turn(self, content):
+        """Like render_tool_results, for a user's next message: ids to put behind a sampled turn that ended in <|im_end|>."""
+        return self._join([["\n"], [IM_START, "user\n"], [content, IM_END, "\n"], self._generation_prompt()])
 
 
 # -----------------------------------------------------------------------------

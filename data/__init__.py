@@ -1,7 +1,6 @@
-"""Training data by name: open_sources("toy,mine=chats.jsonl", tokenizer, seq_len=176) -> {name: TokenFile}. Formats: data/README.md."""
+"""Training data by name: open_sources("toy,mine=chats.jsonl", tokenizer, seq_len=384) -> {name: TokenFile}. Formats: data/README.md."""
 import difflib
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path

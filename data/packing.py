@@ -10,10 +10,10 @@ Three steps, the first two on lengths alone:
 
 Everything is a function of the data and the flags, so the state to save is two integers a source, and where in the window we are.
 
-    loader = Loader(sources, {"math": .7, "code": .3}, seq_len=176, seed=0)
+    loader = Loader(sources, {"math": .7, "code": .3}, seq_len=384, seed=0)
     rows = loader.next_rows(total_batch_size)                           # the same on every rank
     for mine in split_rows(rows, device_batch_size, rank, world_size):
-        batch = make_batch(mine, sources, seq_len=176)
+        batch = make_batch(mine, sources, seq_len=384)
 """
 import bisect
 import copy

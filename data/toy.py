@@ -34,7 +34,7 @@ CHAT_TASKS = ("math_en", "math_ko", "code", "tool", "chat_en", "chat_ko")
 TEMPLATE_TASKS = ("reasoning", "math_en", "math_ko", "tool", "chat_en", "chat_ko")  # those with a test_template split
 CALL_TASKS = ("math_en", "math_ko", "tool")  # those whose right answers call tools
 # room for the longest right response in byte tokens, tool results and the turns around them included, and some to spare
-MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 24, "math_en": 112, "math_ko": 112, "code": 72,
+MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 32, "math_en": 112, "math_ko": 112, "code": 72,
                   "tool": 192, "chat_en": 56, "chat_ko": 72}
 
 

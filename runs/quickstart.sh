@@ -13,32 +13,33 @@ say() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - 
 logged() { local log=$1; shift; "$@" > "$log" 2>&1 || { echo "failed: $* (whole log: $log)"; tail -n 20 "$log"; exit 1; }; }
 both() { local a b; "$1" & a=$!; "$2" & b=$!; wait $a && wait $b; }
 
-two="torchrun --standalone --nproc_per_node=2 train_sft.py"              # one stage on both cores
-shape="--seq_len=384 --total_batch_size=3072 --eval_every=0"
+shape="--seq_len=384 --device_batch_size=8 --total_batch_size=3072"
 old=toy/facts_en,toy/facts_ko,toy/text_en,toy/text_ko,stdlib
 retention="--tasks=bpb:stdlib,facts_en,facts_ko,reasoning --num_problems=96 --max_bytes=20000"
 
 say "base: Python's standard library, made-up facts and sentences in English and Korean"
-$two --name=quickstart/base --data=$old --mix=facts_en:.2,facts_ko:.2,text_en:.1,text_ko:.1,stdlib:.4 \
-    $shape --device_batch_size=4 --num_steps=150 2>&1 | tee "$root/base.log" | grep -E '^step +[0-9]*0/|Error|loss_'
-python eval.py --init=$root/base $retention --out=$root/eval_base | grep -v '^{'
+python train_sft.py --name=quickstart/base --data=$old --mix=facts_en:.2,facts_ko:.2,text_en:.1,text_ko:.1,stdlib:.4 \
+    $shape --num_steps=130 --eval_every=0 2>&1 | tee "$root/base.log" | grep --line-buffered -E '^step +[0-9]*0/|Error'
+python eval.py --init=$root/base $retention --out=$root/eval_base 2>/dev/null | grep -v '^{'
 
-say "mid-training on English reasoning, without replay and with a fifth of the tokens replayed, side by side (about 1:20)"
+say "mid-training on English reasoning, without replay and with a fifth of the tokens replayed, side by side (a minute and a half)"
 mid="--init=$root/base --data=toy/reasoning --replay_data=$old --mix=facts_en:.35,facts_ko:.3,text_en:.05,text_ko:.05,stdlib:.25"
-mid="$mid --new_tokens=300000 $shape --device_batch_size=8"
+mid="$mid --new_tokens=300000 $shape --eval_every=20 --eval_rows=8"
 mid_0()  { logged "$root/mid_r0.log" python train_sft.py --name=quickstart/mid_r0 $mid; }
 mid_20() { logged "$root/mid_r20.log" python train_sft.py --name=quickstart/mid_r20 $mid --replay=.2; }
 both mid_0 mid_20
 
-say "SFT of the mid-trained model on word problems with a calculator, code, tools and instructions"
-$two --name=quickstart/sft --init=$root/mid_r20 --data=toy --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07 \
-    $shape --device_batch_size=4 --num_steps=250 --decay_share=.3 2>&1 | tee "$root/sft.log" | grep -E '^step +[0-9]*[05]0/|Error|loss_'
+say "SFT of the mid-trained model on word problems with a calculator, code, tools and instructions (two minutes)"
+sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=200 --decay_share=.3 --eval_every=0 \
+    --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07 2>&1 | tee "$root/sft.log" | grep --line-buffered -E '^step +[0-9]*[05]0/|Error'; }
+eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
+both sft eval_mid
 
 say "evaluation"
-eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
-eval_sft() { logged "$root/eval_sft.log" python eval.py --init=$root/mid_r20,$root/sft --num_problems=60 --out=$root/eval_sft \
-    --tasks=math_en,math_en@test_template,math_ko,code,tool,chat_en,chat_ko; }
-both eval_mid eval_sft
+tasks() { logged "$root/eval_$1.log" python eval.py --init=$root/mid_r20,$root/sft --num_problems=60 --out=$root/eval_$1 --tasks=$2; }
+tasks_math() { tasks math math_en,math_en@test_template,math_ko; }
+tasks_rest() { tasks rest code,tool,chat_en,chat_ko; }
+both tasks_math tasks_rest
 
 python report.py --root=$root
 say "done: $root/report.md, $root/report.png. Talk to it:  .venv/bin/python chat.py --init=$root/sft"

@@ -331,6 +331,14 @@ def test_store():
         assert toy.execute(copying, [bad])[0].startswith('{"error": "')
 
 
+def test_writing_always_changes_the_store():
+    """Else a rollout that calls something, but never writes, would be right now and then."""
+    for split in ("train", "test", "test_template"):
+        for problem in (toy.item("tool", split, 0, i) for i in range(2000)):
+            if any(c["name"] == "set" for c in problem.hidden["calls"]):
+                assert toy.grade(problem, rollout([call("get", key="zzz")], "ok")) == WRONG
+
+
 def test_answers_from_tools():
     by_kind = {prompt_text(p).split()[0]: p for p in toy.problems("tool", num=200) if prompt_text(p)[0] in "GFA"}
     for kind, problem in by_kind.items():
@@ -359,6 +367,8 @@ def test_text_of_a_rollout():
     assert toy.grade(problem, inside) == WRONG
     in_tool = '<|im_end|>\n<|im_start|>user\n<tool_call>\n{"name": "set", "arguments": {"key": "a", "value": "b"}}\n</tool_call>'
     assert toy.grade(problem, text.replace("<|im_end|>\n<|im_start|>user", in_tool, 1)) == RIGHT  # only assistants call
+    quoted = {"role": "tool", "content": "x", "tool_calls": [call("set", key="a", value="b")]}
+    assert toy.grade(problem, [quoted, *problem.gold]) == RIGHT
 
 
 REDUCTIONS = {"largest of": max, "smallest of": min, "sum of": sum, "sorted": sorted, "list of": list}
@@ -399,6 +409,11 @@ GOLD = "def f(xs):\n return sum(x*x for x in xs if x%2==0)"
 ])
 def test_code(source, outcome):
     assert tinypython.grade(source, GOLD, toy._INPUTS) == outcome
+
+
+def test_a_generator_is_not_a_list():
+    assert tinypython.grade("def f(xs):\n return (x for x in xs)", "def f(xs):\n return list(x for x in xs)", [[1, 2]]) == WRONG
+    assert tinypython.grade("def f(xs):\n return [x for x in xs]", "def f(xs):\n return list(x for x in xs)", [[1, 2]]) == RIGHT
 
 
 def test_true_is_not_one():
@@ -458,7 +473,7 @@ PINNED = [
     ' | Max sees the big book and Sam sells the big cup.',
     ' | 하나는 빨간 모자를 팔고 미나는 빨간 펜을 본다.',
     '15*19= | 285',
-    '3+8= | 11',
+    'Eva has 19 bags of 6 dice and loses 5. How many dice? |  19*6-5=109, so 109.',
     'Ben has 16 dice and buys 8 bags of 6 dice. How many dice? | 64',
     '하나 단추 2개씩 8상자, 8개 팔림. 몇 개? | 8',
     'Write f(xs): sorted negatives of positive xs. | def f(xs):\n return sorted(-x for x in xs if x>0)',
