@@ -213,8 +213,8 @@ class Tokenizer:
         self._order = [*(bytes([b]) for b in range(256)), *sorted(ranks, key=ranks.get)]
         self._bpe, self._id_of_rank = None, None
         if ranks:
-            # Ranks need only be in order, so the file's ids serve where they ascend with the merges: GPT-2, Llama-3, Qwen.
-            # Where they do not, ranks are counted, and translated to ids after encoding.
+            # Ranks need only be in order: ids serve where they ascend with the merges (GPT-2, Llama-3, Qwen). Where
+            # they do not, ranks are counted, and translated to ids after encoding.
             ids = [vocab[token] for token in self._order]
             merged = ids[256:256 + sum(rank < len(pair_rank) for rank in ranks.values())]
             if merged != sorted(merged):

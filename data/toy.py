@@ -5,7 +5,6 @@ Text tasks, for pre-training, mid-training and retention
     text_en    Tom sees the red cup and Ann wants the old bag.      text_ko      no problems: bits per byte only
     sums       17*8=136
     reasoning  Tom has 12 pens and buys 3 bags of 4 pens. How many pens? 12+3*4=24, so 24.
-    calls      Tom has ... How many pens? One call will do. {"name": "calculator", "arguments": {"expression": "12+3*4"}} gives 24. Answer: 24
 
 Chat tasks, for SFT, rejection sampling and RL
     math_en    the same stories -> calculator {"expression": "12+3*4"} -> 24 -> 24           math_ko   Korean twins
@@ -30,12 +29,12 @@ from data import calculator, tinypython
 from data.grading import MAX_CHARS, Outcome, Problem, never_raises, parse_number
 from tokenizer import ToolCallError, parse_tool_calls
 
-TEXT_TASKS = ("facts_en", "facts_ko", "text_en", "text_ko", "sums", "reasoning", "calls")
+TEXT_TASKS = ("facts_en", "facts_ko", "text_en", "text_ko", "sums", "reasoning")
 CHAT_TASKS = ("math_en", "math_ko", "code", "tool", "chat_en", "chat_ko")
-TEMPLATE_TASKS = ("reasoning", "calls", "math_en", "math_ko", "tool", "chat_en", "chat_ko")  # those with a test_template split
+TEMPLATE_TASKS = ("reasoning", "math_en", "math_ko", "tool", "chat_en", "chat_ko")  # those with a test_template split
 CALL_TASKS = ("math_en", "math_ko", "tool")  # those whose right answers call tools
 # room for the longest right response in byte tokens, tool results and the turns around them included, and some to spare
-MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 32, "calls": 48, "math_en": 112, "math_ko": 112, "code": 72,
+MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 32, "math_en": 112, "math_ko": 112, "code": 72,
                   "tool": 192, "chat_en": 56, "chat_ko": 72}
 
 
@@ -143,11 +142,6 @@ _STORIES = {  # per family two wordings to train on, and a third that mixes thei
          "{n} {t} {a}개, {b}개 팔고 {c}개 삼. 몇 개?"),
     ),
 }
-
-
-# What stands between a story and its call, and between a result and the answer: of many lengths, so that a model learns to look numbers up
-# by what they are and not by how far back they stand. In a conversation they stand further back than in `reasoning`.
-_BETWEEN = ("", " So:", " One call will do.", " The tool can tell.", " First the numbers, in order.", " Let us ask the calculator, it never errs.")
 
 
 def _sentence(lang, draw, split):
@@ -366,11 +360,6 @@ def item(task: str, split: str, seed: int, index: int) -> Problem:
     if family == "reasoning":
         prompt, expression, value = _story("en", draw, split)
         return Problem(task, prompt, f" {expression}={value}, so {value}.", value)
-    if family == "calls":
-        prompt, expression, value = _story("en", draw, split)
-        between = "".join(draw.pick(_BETWEEN) for _ in range(draw.below(4)))
-        return Problem(task, f'{prompt}{between} {{"name": "calculator", "arguments": {{"expression": "',
-                       f'{expression}"}}}} gives {value}.{draw.pick(_BETWEEN)} Answer: {value}', value)
     calls, results, answer, hidden = [], [], "", {}
     if family == "math":
         prompt, expression, final = _story(lang, draw, split)
@@ -498,9 +487,9 @@ def grade_answer(problem: Problem, response: str | list[dict]) -> Outcome:
         return _grade_chat(problem, text)
     if problem.task in ("facts_en", "facts_ko"):
         return Outcome.RIGHT if text.split(None, 1)[0].strip(".,") == problem.answer else Outcome.WRONG
-    if problem.task in ("reasoning", "calls"):  # the value of the expression: a model this small cannot multiply, the calculator can
+    if problem.task == "reasoning":  # the value of what stands before "=": a model this small cannot multiply, the calculator can
         try:
-            same = calculator.calculate(re.split('[=\n"]', text.strip(), maxsplit=1)[0]) == problem.answer
+            same = calculator.calculate(text.strip().partition("\n")[0].partition("=")[0]) == problem.answer
         except calculator.CalculatorError:
             return Outcome.UNGRADABLE
         return Outcome.RIGHT if same else Outcome.WRONG

@@ -30,7 +30,7 @@ mid_20() { logged "$root/mid_r20.log" python train_sft.py --name=quickstart/mid_
 both mid_0 mid_20
 
 say "SFT of the mid-trained model on word problems with a calculator, code, tools and instructions (two minutes)"
-sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=200 --decay_share=.3 --eval_every=0 \
+sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=230 --decay_share=.3 --eval_every=0 \
     --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07 2>&1 | tee "$root/sft.log" | grep --line-buffered -E '^step +[0-9]*[05]0/|Error'; }
 eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
 both sft eval_mid

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How much replay is enough? Mid-training on English reasoning from one base per seed, the same new documents in every arm, r = 0 to .20;
-# then SFT from the base and from the r = .20 model, the latter in half the steps. Tables in out/replay_sweep/. Two processes at a time;
+# How much replay is enough? Mid-training on English reasoning from one base per seed, the same new documents in every arm, r = 0 to .20.
+# Then SFT from the base and from the r = .20 model, the latter in half the steps. Tables in out/replay_sweep/. Two processes at a time;
 # about 35 minutes on 2 cores for 3 seeds. Finished runs are kept, so that the script can be started again.
 #     bash runs/replay_sweep.sh                      SEEDS="0 1 2" NEW_TOKENS=800000 bash runs/replay_sweep.sh
 set -euo pipefail
@@ -51,4 +51,4 @@ for seed in $SEEDS; do
         --tasks=math_en,math_en@test_template,math_ko,code,tool,chat_en,chat_ko
 done
 join
-python runs/seeds_table.py $root/eval_mid_s* $root/eval_sft_s*
+python runs/seeds_table.py $root/eval_mid_s? $root/eval_sft_s?

@@ -78,8 +78,8 @@ def test_splits_are_disjoint(task):
 
 def test_numbers_of_stories_are_disjoint_across_tasks_and_languages():
     numbers = lambda task, split: {tuple(map(int, re.findall(r"\d+", prompt_text(toy.item(task, split, 0, i))))) for i in range(5000)}
-    train = set().union(*(numbers(task, "train") for task in ("reasoning", "calls", "math_en", "math_ko")))
-    test = set().union(*(numbers(task, split) for task in ("reasoning", "calls", "math_en", "math_ko") for split in ("test", "test_template")))
+    train = set().union(*(numbers(task, "train") for task in ("reasoning", "math_en", "math_ko")))
+    test = set().union(*(numbers(task, split) for task in ("reasoning", "math_en", "math_ko") for split in ("test", "test_template")))
     assert len(train) > 1000 and len(test) > 100 and not train & test
     pairs = lambda split: {tuple(map(int, re.findall(r"\d+", toy.item("sums", split, 0, i).prompt))) for i in range(5000)}
     assert 0.05 < len(pairs("test")) / 361 < 0.15 and not pairs("test") & pairs("train")  # for all three operators
@@ -90,8 +90,6 @@ def test_templates_are_held_out(task):
     def shape(problem):
         words = toy._NAMES["en"] + toy._NAMES["ko"] + toy._THINGS["en"] + toy._THINGS["ko"]
         text = re.sub(r"\d+", "#", prompt_text(problem))
-        if task == "calls":  # the story
-            text = text.partition("?")[0]
         if task == "tool":  # keys
             text = re.sub(r"\b[bdklmnprtv][aeiou][bdklmnprsx]\b", "@", text, flags=re.I)
         if task.startswith("chat"):  # the set of constraints
@@ -120,7 +118,7 @@ def test_facts():
 
 
 def test_sizes():
-    """Korean stories keep to 24 syllables; conversations fit a row of 208 tokens, texts one of 384."""
+    """Korean stories keep to 24 syllables; all but two-call conversations fit a row of 176 tokens, and those one of 208."""
     for task, split in SPLITS:
         for i in range(1000):
             problem = toy.item(task, split, 0, i)
@@ -129,8 +127,8 @@ def test_sizes():
             else:
                 length = len(TOKENIZER.render(problem.prompt + problem.gold)[0])
                 room = length - len(TOKENIZER.render_prompt(problem.prompt))
-            assert length <= (384 if isinstance(problem.prompt, str) else 208)
-            assert room < toy.MAX_NEW_TOKENS[task] or task == "calls"          # graded by what comes first
+            assert length <= (176 if len(problem.gold) <= 3 or isinstance(problem.gold, str) else 208)
+            assert room < toy.MAX_NEW_TOKENS[task]
             if task == "math_ko":
                 assert len(re.findall("[가-힣]", prompt_text(problem))) <= 24
 
@@ -476,8 +474,6 @@ PINNED = [
     ' | 하나는 빨간 모자를 팔고 미나는 빨간 펜을 본다.',
     '15*19= | 285',
     'Eva has 19 bags of 6 dice and loses 5. How many dice? |  19*6-5=109, so 109.',
-    'Mia had 10 cups, lost 7 and got 5. How many cups? First the numbers, in order. {"name": "calculator", "arguments": {"expression": " | '
-    '10-7+5"}} gives 8. First the numbers, in order. Answer: 8',
     'Ben has 16 dice and buys 8 bags of 6 dice. How many dice? | 64',
     '하나 단추 2개씩 8상자, 8개 팔림. 몇 개? | 8',
     'Write f(xs): sorted negatives of positive xs. | def f(xs):\n return sorted(-x for x in xs if x>0)',
