@@ -6,8 +6,9 @@ Every checkpoint sees the same problems, answers them greedily and is graded by 
 Wilson intervals, bits per byte bootstrap intervals over documents, and differences to the first checkpoint are paired bootstraps. An
 answer that cannot be read is not right and stays in the denominator; a grader that failed voids the task's score, it is never a 0.
 
-Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), the toy tasks (<task>, or <task>@test_template for held-out phrasings),
-gsm8k. The toy chat tasks with tools run them: the turn's call is executed and its result is appended, token in, token out.
+Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), the toy tasks (<task>, or
+<task>@test_template for held-out phrasings), gsm8k. The toy chat tasks with tools run them: the turn's call is executed and its result is
+appended, token in, token out.
 """
 import difflib
 import json
@@ -15,7 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Config:
     num_problems: int = 300          # problems per task (a task may have fewer)
     max_bytes: int = 200_000         # text per bpb task
     seed: int = 0                    # chooses the problems
-    dtype: str = "auto"              # bfloat16 on CUDA with auto, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"       # of the computation; auto: bfloat16 on CUDA
     out: str = ""                    # folder for eval.json (results and every answer) and table.md; empty: print only
     samples: int = 1                 # answers to print per task
 

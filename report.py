@@ -47,7 +47,7 @@ def interval_bars(ax, results, tasks, names):
         errors = [[r["value"] - r["low"] for r in rs], [r["high"] - r["value"] for r in rs]]
         ax.bar(x, [r["value"] for r in rs], 0.8 / len(names), yerr=errors, label=STAGES[name], color=COLORS[name], capsize=2,
                error_kw=dict(lw=0.8))
-    ax.set_xticks(range(len(tasks)), tasks)
+    ax.set_xticks(range(len(tasks)), [t.replace("@test_template", "\nnew wording") for t in tasks])
     ax.set_ylim(0, 1.05)
 
 
@@ -85,7 +85,7 @@ def picture(root, mid, sft, path):
     interval_bars(tasks, sft, [r["task"] for r in sft["sft"]], ["mid_r20", "sft"])
     calls = [(i, r["call"]) for i, r in enumerate(sft["sft"]) if "call" in r]
     tasks.plot([i + 0.2 for i, _ in calls], [c for _, c in calls], "k_", ms=16, label="SFT: right call")
-    tasks.tick_params(axis="x", labelrotation=30)
+    tasks.tick_params(axis="x", labelsize=8)
     tasks.set(title="Before and after SFT, unseen problems", ylabel="share right, 95 % interval")
 
     last = [line for line in read_jsonl(root / "sft" / "metrics.jsonl") if "train/loss" in line]

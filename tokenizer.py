@@ -411,7 +411,7 @@ class Tokenizer:
         return self._join([["\n"], *self._tool_turn(results), self._generation_prompt()])
 
     def render_user_turn(self, content):
-        """Like render_tool_results, for a user's next message: ids to put behind a sampled turn that ended in <|im_end|>."""
+        """Like render_tool_results, for a user's next message."""
         return self._join([["\n"], [IM_START, "user\n"], [content, IM_END, "\n"], self._generation_prompt()])
 
 

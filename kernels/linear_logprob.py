@@ -137,8 +137,7 @@ class _LinearLogProb(torch.autograd.Function):
             w = _weight_chunk(weight, first, last, hidden, h)
             bias_c = None if padded_bias is None else padded_bias[first:]
             save = saved[c] if c < len(saved) else None
-            # clamped because m_c = -inf in a chunk that is all -inf, whose p = E e^(m_c - lse) shall be 0 and not nan
-            shift = None if save is None else (maxima[c] - row_lse).clamp_(min=-1e4)
+            shift = None if save is None else maxima[c] - row_lse
             row = s.temperature, s.softcap, row_lse, base, g_entropy, dz_y
             if s.use_triton:
                 if save is None:
