@@ -228,13 +228,13 @@ def _forward(hidden, weight, bias, targets, counts, settings):
             stats.append(_stats_torch(z, e))
             if save is not None and save is not e:
                 save.copy_(e)
-    del z_buffer, e_buffer  # before the merge and its (C, N) temporaries
+    z_buffer = e_buffer = z = e = None  # freed before the merge and its (C, N) temporaries
 
     top, total, dot = stats[0] if len(stats) == 1 else _merge(*(torch.stack(x) for x in zip(*stats)))
     log_s = total.log()
     lse = row_lse = top + log_s
     logp = (z_y - top).sub_(log_s)
-    entropy = (log_s - dot / total).clamp_(min=0.0)  # rounding can leave -1e-7
+    entropy = log_s - dot / total  # never negative, in rounded arithmetic too: total >= 1 and dot <= 0
     top1 = z_y == top
     if counts is not None:
         logp, entropy, lse = (torch.where(counts, x, 0.0) for x in (logp, entropy, row_lse))

@@ -105,7 +105,7 @@ def test_adversarial_corpus_is_refused_quickly():
             calculate(text)
         except CalculatorError:
             pass
-        assert time.thread_time() - started < 0.05
+        assert time.thread_time() - started < 0.5         # unbounded, the hardest would take minutes
 
 
 def test_format_number():
