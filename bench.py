@@ -2,6 +2,7 @@
 
     python bench.py sft         training steps beside TRL's SFTTrainer: same checkpoint, token ids, order and optimizer settings
     python bench.py head        linear_logprob beside full logits in plain torch
+    python bench.py sandbox     a program in the box beside a bare interpreter that does nothing
     python bench.py             all groups
 
 Methods run in separate processes with one thread each, in turn, round after round (A B C, A B C, ...), so that a machine whose speed drifts
@@ -26,7 +27,7 @@ import torch
 import checkpoint
 import train_sft
 from common import parse_config, read_jsonl, write_atomically
-from data import open_sources, toy
+from data import open_sources, sandbox, toy
 from data.packing import Loader
 from kernels import linear_logprob
 from model import Transformer, config_for_size
@@ -223,7 +224,36 @@ def bench_head(cfg):
     return result
 
 
-GROUPS = {"sft": bench_sft, "head": bench_head}
+# -----------------------------------------------------------------------------
+# sandbox: what a box costs on top of the interpreter in it
+
+def bench_sandbox(cfg):
+    try:
+        tier = sandbox.choose("auto")
+    except sandbox.SandboxUnavailable as e:
+        print(f"sandbox: left out, {e}")
+        return {}
+    bare = lambda *flags: lambda: subprocess.run([sandbox._python, *flags, "-c", "pass"], check=True)
+    methods = {"python -I": bare("-I"), "python -I -S": bare("-I", "-S"), "run": lambda: sandbox.run("pass"),
+               "evaluate": lambda: sandbox.evaluate("def f(x): return x", ["f(1)"])}
+    times = {name: [] for name in methods}
+    for i in range(cfg.warmup + 3 * cfg.steps):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            method()
+            times[name] += [time.perf_counter() - start] if i >= cfg.warmup else []
+    rows = {name: {k: v * 1e3 for k, v in summarize(t).items()} for name, t in times.items()}
+    for name, row in rows.items():
+        print(f"{name:>14}  {row['p50']:6.1f} ms [{row['p25']:.1f}, {row['p75']:.1f}]")
+    # without -S the interpreter also reads its site-packages, which is slow where many packages are installed
+    ratios = {f"{a} / {b}": summarize([x / y for x, y in zip(times[a], times[b])])
+              for a in ("run", "evaluate") for b in ("python -I", "python -I -S")}
+    for name, ratio in ratios.items():
+        print(f"{name:>24}  {ratio['p50']:.2f} [{ratio['p25']:.2f}, {ratio['p75']:.2f}]")
+    return dict(tier=tier, milliseconds=rows, ratio=ratios)
+
+
+GROUPS = {"sft": bench_sft, "head": bench_head, "sandbox": bench_sandbox}
 
 
 def main(cfg, groups):

@@ -3,18 +3,20 @@
     python chat.py --init=out/quickstart/sft
     python chat.py --init=out/quickstart/sft --prompt="Tom has 12 pens and buys 3 bags of 4 pens. How many pens?"
 
-The calculator is at hand: when the model calls it, the call and its result are shown and the model goes on. Commands: /new forgets the
-conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
+A calculator and Python (in the sandbox) are at hand: when the model calls one, the call and its result are shown and the model goes on.
+Commands: /new forgets the conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
 """
 import json
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 import checkpoint
 from common import parse_config, random_key, setup_distributed
+from data import sandbox
 from data.calculator import TOOL, CalculatorError, calculate
 from engine import generate
 from tokenizer import ToolCallError, parse_tool_calls
@@ -25,11 +27,28 @@ class Config:
     init: str = ""                   # checkpoint folder: out/<name>, a step folder, or one of Hugging Face
     prompt: str = ""                 # answer this one message and stop; empty: an interactive session
     system: str = ""                 # system message
-    tools: bool = False              # write the calculator's signature into the prompt (large models need it; toy models never saw one)
+    tools: bool = False              # write the tools' signatures into the prompt (large models need them; toy models never saw any)
+    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which the python tool runs
     max_new_tokens: int = 256        # bound on one answer, tool results included
     temperature: float = 0.0         # 0: the most likely token; 1: as trained
     top_p: float = 1.0               # below 1: sample from the smallest set of tokens with this mass
     seed: int = 0                    # another seed, another sample
+
+
+PYTHON = {"type": "function", "function": {"name": "python", "description": "Runs a Python program in a sandbox and returns what it prints.", "parameters": {
+    "type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}}}
+
+
+def run_call(name, arguments):
+    """-> the result as text; an error is a result too."""
+    try:
+        if name == "calculator":
+            return calculate(arguments["expression"])
+        result = sandbox.run(arguments["code"])
+        printed = result.stdout[-2000:]
+        return printed if result.status == "ok" else json.dumps(dict(error=result.status, stdout=printed, stderr=result.stderr[-500:]))
+    except (CalculatorError, sandbox.SandboxUnavailable) as error:
+        return json.dumps({"error": str(error)})
 
 
 def run_calls(text):
@@ -37,16 +56,10 @@ def run_calls(text):
     if "<tool_call>" not in text:
         return None
     try:
-        _, calls = parse_tool_calls(text, [TOOL])
+        _, calls = parse_tool_calls(text, [TOOL, PYTHON])
     except ToolCallError as error:
         return [json.dumps({"error": str(error)})]
-    results = []
-    for call in calls:
-        try:
-            results.append(calculate(call["arguments"]["expression"]))
-        except CalculatorError as error:
-            results.append(json.dumps({"error": str(error)}))
-    return results
+    return [run_call(call["name"], call["arguments"]) for call in calls]
 
 
 def reply(model, tokenizer, prompt_ids, cfg, turn, max_tool_turns=8):
@@ -80,7 +93,9 @@ def main(cfg):
     model, tokenizer = checkpoint.load_hf(checkpoint.newest(cfg.init), device)
     if device.type == "cuda":
         model.compute_dtype = torch.bfloat16
-    tools = [TOOL] if cfg.tools else None
+    tools = [TOOL, PYTHON] if cfg.tools else None
+    if cfg.tools:
+        sandbox.choose(cfg.sandbox)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     history, turn = [], 0                                     # ids as they were sampled: the past is never rendered again
 

@@ -5,6 +5,9 @@ copied to the rows of its samples. Rows have their own lengths, so prompts are n
 
 What a sample becomes depends on (seed of its prompt, sample index, position) and the weights, never on its neighbours or its row.
 """
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +20,7 @@ from common import progress, random_key
 class Rollout:
     """Everything after the prompt. ids: sampled tokens (the stop token included) and, between turns, tokens that tools appended.
     logps: log-probability of each id at the sampling temperature, full distribution; 0 where not sampled. mask: 1 where sampled.
-    finish_reason: "stop" (a stop id was sampled) or "length" (max_new_tokens was reached)."""
+    finish_reason: "stop" (a stop id was sampled), "length" (max_new_tokens was reached) or "tool_timeout" (a call outlasted its limit)."""
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -120,16 +123,34 @@ def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
 # -----------------------------------------------------------------------------
 
 
+PATIENCE = 0.005        # seconds a decoding step waits for calls under way: quick tools then keep the batch, and its arithmetic, the same
+
+
+def in_thread(function, *args):
+    """A Future of function(*args) in a daemon thread: a call that hangs can be abandoned, and does not keep the process alive."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:                              # is raised again where the result is read
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, tools=None,
-             stop_ids=None, max_slots=64, desc=""):
+             tool_timeout=60.0, stop_ids=None, max_slots=64, desc=""):
     """-> per prompt, a list of num_samples Rollouts.
 
     prompts: lists of token ids (tokenizer.render_prompt makes them from messages, tokenizer.encode from text).
     max_new_tokens: bound on everything after the prompt, tool results included.
     seed: an int for all, or one int per prompt, for callers whose prompts have global numbers (ranks, resumed runs).
     tools: called as tools(prompt_index, sample_index, ids) when a sample ends a turn with end-of-turn, ids being that turn's; returns the
-      ids to append (results and the next generation prompt, tokenizer.render_tool_results), or None when the rollout is over.
+      ids to append (results and the next generation prompt, tokenizer.render_tool_results), or None when the rollout is over. Calls of
+      different samples run at the same time in threads, while the other samples go on; what it raises ends the whole batch.
+    tool_timeout: seconds until a call is abandoned and its rollout ends as "tool_timeout".
     stop_ids: default the tokenizer's end-of-turn and end-of-text. max_slots: samples that run at once (memory). desc: draws a progress bar.
     """
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
@@ -154,6 +175,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
     waiting = list(range(len(prompts)))[::-1]
     free = list(range(num_slots))[::-1]
     running = {}                                                    # slot -> [prompt, sample, tokens in the cache, start of the turn]
+    calling = {}                                                    # slot -> (Future, its start): those of running that wait for a tool
     keys = torch.zeros(num_slots, dtype=torch.int64)
 
     def take(slots, logits):
@@ -168,29 +190,58 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             r.ids.append(token), r.logps.append(logp), r.mask.append(1)
             append[slot] = [token]
             if token in stop_ids:
-                more = tools(prompt, number, r.ids[turn:]) if tools and token == tokenizer.end_of_turn_id else None
-                if more is None:
-                    r.finish_reason = "stop"
-                elif len(r.ids) + len(more) >= max_new_tokens:      # no room for the result and one more token
-                    r.finish_reason = "length"
+                if tools and token == tokenizer.end_of_turn_id:
+                    calling[slot] = in_thread(tools, prompt, number, r.ids[turn:]), time.monotonic()
+                    del append[slot]
                 else:
-                    r.ids += more
-                    r.logps += [0.0] * len(more)
-                    r.mask += [0] * len(more)
-                    append[slot] = [token, *more]
-                    running[slot][3] = len(r.ids)
+                    finish(slot, "stop")
             elif len(r.ids) >= max_new_tokens:
-                r.finish_reason = "length"
-            if r.finish_reason:
-                r.text = tokenizer.decode(r.ids[:-1] if r.ids[-1] in stop_ids else r.ids)
-                del running[slot], append[slot]
-                free.append(slot)
-                if bar:
-                    next(bar, None)
+                finish(slot, "length")
+        return {slot: ids for slot, ids in append.items() if slot in running}
+
+    def finish(slot, reason):
+        prompt, number, _, _ = running.pop(slot)
+        r = rollouts[prompt][number]
+        r.finish_reason = reason
+        r.text = tokenizer.decode(r.ids[:-1] if r.ids[-1] in stop_ids else r.ids)
+        free.append(slot)
+        if bar:
+            next(bar, None)
+
+    def results(idle):
+        """-> {slot: ids to append next} of the calls that came back. idle: there is nothing else to do, so wait for the first of them."""
+        futures, now = [call for call, _ in calling.values()], time.monotonic()
+        wait(futures, max(start for _, start in calling.values()) + PATIENCE - now)
+        if idle and not any(call.done() for call in futures):
+            wait(futures, min(start for _, start in calling.values()) + tool_timeout - now, FIRST_COMPLETED)
+        append = {}
+        for slot, (call, start) in list(calling.items()):
+            done = call.done()
+            if not done and time.monotonic() < start + tool_timeout:
+                continue
+            del calling[slot]
+            prompt, number, _, _ = running[slot]
+            r, more = rollouts[prompt][number], call.result() if done else None
+            if not done:
+                finish(slot, "tool_timeout")
+            elif more is None:
+                finish(slot, "stop")
+            elif len(r.ids) + len(more) >= max_new_tokens:          # no room for the result and one more token
+                finish(slot, "length")
+            else:
+                append[slot] = [r.ids[-1], *more]
+                r.ids += more
+                r.logps += [0.0] * len(more)
+                r.mask += [0] * len(more)
+                running[slot][3] = len(r.ids)
         return append
 
     pending = {}
     while waiting or running:
+        if calling:
+            pending |= results(idle=not pending and not (waiting and len(free) >= num_samples))
+            if not running:
+                continue
         # refill in batches, not one by one: a prefill call costs as much as a decode step
         if waiting and len(free) >= num_samples and (not running or len(free) >= max(num_samples, num_slots // 4)):
             groups = []
@@ -212,8 +263,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             order = sorted(running)
             cache.k[:, :len(order)], cache.v[:, :len(order)] = cache.k[:, order], cache.v[:, order]
             keys[:len(order)] = keys[order]
-            running = {new: running[old] for new, old in enumerate(order)}
-            pending = {new: pending[old] for new, old in enumerate(order)}
+            running, pending, calling = ({new: d[old] for new, old in enumerate(order) if old in d} for d in (running, pending, calling))
         # tool results (many ids) go apart from decoding (one id), so that they do not widen the batch for the rest
         wide = sorted(s for s in pending if len(pending[s]) > 1)
         if wide:

@@ -10,25 +10,23 @@ Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> 
 <task>@test_template for held-out phrasings), gsm8k. The toy chat tasks with tools run them: the turn's call is executed and its result is
 appended, token in, token out.
 """
-import difflib
 import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
 import checkpoint
 from common import parse_config, progress, setup_distributed, write_atomically
-from data import gsm8k, open_sources, toy
+from data import open_sources, sandbox, tasks
 from data.grading import Outcome
 from data.packing import Loader, make_batch
-from engine import generate
 from kernels import linear_logprob
-from tokenizer import ToolCallError, parse_tool_calls
+from rollouts import in_words, play
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,11 @@ class Config:
     tasks: str = "facts_en,facts_ko,sums,reasoning,math_en,math_ko"      # what to score, see the docstring
     num_problems: int = 300          # problems per task (a task may have fewer)
     max_bytes: int = 200_000         # text per bpb task
+    num_samples: int = 1             # answers to each problem; above 1 needs --temperature and adds pass@k
+    temperature: float = 0.0         # of sampling; 0: greedy
     seed: int = 0                    # chooses the problems
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"       # of the computation; auto: bfloat16 on CUDA
+    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     out: str = ""                    # folder for eval.json (results and every answer) and table.md; empty: print only
     samples: int = 1                 # answers to print per task
 
@@ -100,88 +101,36 @@ def bits_per_byte(model, tokenizer, source, max_bytes, seed=0, seq_len=0):
 # Tasks answered by generation
 
 
-class GsmProblem(NamedTuple):
-    prompt: list
-    answer: str
+def pass_at_k(right, n, k):
+    """Probability that at least one of k answers is right, unbiased from `right` of n (Codex, arXiv 2107.03374, eq. 1); k <= n."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def answer(model, tokenizer, problems, *, max_new_tokens=400, temperature=0.0, seed=0, desc=""):
-    """-> per problem, the messages that followed its prompt: assistant turns, tool results between them, the last turn as it ended.
+def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, seed=0, num_samples=1, temperature=0.0, desc=""):
+    """-> {"task", "metric", "value", "low", "high", "n", "outcomes", "samples", ...}. value is None when a grader failed on any item.
 
-    Calls are parsed strictly and executed; a turn whose call cannot be parsed gets the parser's message as its result. A response that
-    ran out of tokens ends in its unfinished turn, which graders read as it stands. Text prompts give one message.
+    With several samples a problem counts with its share of right answers (pass@1), the interval is a bootstrap over problems, and pass@k
+    stands beside it for k = 2, 4, ... num_samples.
     """
-    chat = isinstance(problems[0].prompt, list)
-    prompts = [tokenizer.render_prompt(p.prompt) if chat else tokenizer.encode(p.prompt) for p in problems]
-    said = [[] for _ in problems]
-
-    def tools(i, _, ids):
-        text = tokenizer.decode(ids[:-1])
-        try:
-            content, calls = parse_tool_calls(text)
-        except ToolCallError as error:
-            said[i] += [dict(role="assistant", content=text), dict(role="tool", content=json.dumps({"error": str(error)}))]
-            return tokenizer.render_tool_results([said[i][-1]["content"]])
-        if not calls:
-            return None
-        said[i].append(dict(role="assistant", content=content, tool_calls=calls))
-        so_far = [call for message in said[i] for call in message.get("tool_calls", [])]
-        results = toy.execute(problems[i], so_far)[-len(calls):]
-        said[i] += [dict(role="tool", content=r) for r in results]
-        return tokenizer.render_tool_results(results)
-
-    rollouts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                        tools=tools if chat and isinstance(problems[0], toy.Problem) else None, desc=desc)
-    for messages, (rollout,) in zip(said, rollouts):
-        start = len(rollout.mask) - rollout.mask[::-1].index(0) if 0 in rollout.mask else 0
-        ids = rollout.ids[start:-1] if rollout.finish_reason == "stop" else rollout.ids[start:]
-        messages.append(dict(role="assistant", content=tokenizer.decode(ids)))
-    return said
-
-
-def in_words(messages):
-    """One line of a rollout, for people: turns, calls and results as they came."""
-    return " ".join(f"-> {m['content']}" if m["role"] == "tool" else
-                    " ".join([m["content"], *(f"{c['name']}({', '.join(map(str, c['arguments'].values()))})" for c in m.get("tool_calls", []))])
-                    for m in messages).strip()
-
-
-def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, seed=0, desc=""):
-    """-> {"task", "metric", "value", "low", "high", "n", "outcomes", "samples", ...}. value is None when a grader failed on any item."""
     if task.startswith("bpb:"):
         bits, num_bytes = bits_per_byte(model, tokenizer, task.removeprefix("bpb:"), max_bytes, seed)
         ratio = lambda a, b: a.sum() / b.sum()
         low, high = bootstrap(ratio, bits, num_bytes)
         return dict(task=task, metric="bpb", value=float(ratio(bits, num_bytes)), low=low, high=high, n=len(bits), samples=[],
                     rows=[bits.tolist(), num_bytes.tolist()])
-    name, _, split = task.partition("@")
-    extra = {}
-    if name == "gsm8k":
-        rows = gsm8k.load(split or "test")
-        chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:num_problems].tolist())
-        problems = [GsmProblem(gsm8k.prompt(rows[i]["question"]), rows[i]["answer"]) for i in chosen]
-        said = answer(model, tokenizer, problems, desc=desc)
-        outcomes = [gsm8k.grade(m[-1]["content"], p.answer) for m, p in zip(said, problems)]
-        lenient = [gsm8k.grade(m[-1]["content"], p.answer, strict=False) == Outcome.RIGHT for m, p in zip(said, problems)]
-        extra = dict(lenient=sum(lenient) / len(lenient))
-    elif name in toy.TEXT_TASKS + toy.CHAT_TASKS:
-        problems = toy.problems(name, split or "test", seed=seed, num=num_problems)
-        said = answer(model, tokenizer, problems, max_new_tokens=toy.MAX_NEW_TOKENS[name], desc=desc)
-        outcomes = [toy.grade(p, m if name in toy.CHAT_TASKS else m[0]["content"]) for p, m in zip(problems, said)]
-        if toy.tools_of(name):                                           # was the call right, whatever was made of its result?
-            calls = [toy.grade_call(p, m) == Outcome.RIGHT for p, m in zip(problems, said)]
-            extra = dict(call=sum(calls) / len(calls))
-    else:
-        known = [*toy.TEXT_TASKS, *toy.CHAT_TASKS, "gsm8k", "bpb:<source>"]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"--tasks: no task is called {name!r}" + (f"; did you mean {near[0]}?" if near else f", expected one of {known}"))
-    counts = {str(o): outcomes.count(o) for o in Outcome}
-    right, n = counts["right"], len(outcomes)
-    low, high = wilson(right, n)
-    samples = [dict(prompt=p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"], response=in_words(m), outcome=str(o))
-               for p, m, o in zip(problems, said, outcomes)]
-    return dict(task=task, metric="acc", value=None if counts["grader_error"] else right / n, low=low, high=high, n=n, outcomes=counts,
-                rows=[[float(o == Outcome.RIGHT) for o in outcomes]], samples=samples, **extra)
+    problems = tasks.problems(task, num_problems, seed)
+    played = play(model, tokenizer, problems, num_samples=num_samples, temperature=temperature, seed=seed, desc=desc)
+    outcomes = [[p.outcome for p in group] for group in played]
+    right = [group.count(Outcome.RIGHT) for group in outcomes]
+    counts = {str(o): sum(group.count(o) for group in outcomes) for o in Outcome}
+    shares = np.array(right) / num_samples
+    low, high = wilson(sum(right), len(right)) if num_samples == 1 else bootstrap(np.mean, shares)
+    samples = [dict(prompt=p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"], response=in_words(group[0].messages),
+                    outcome=str(group[0].outcome)) for p, group in zip(problems, played)]
+    passes = {f"pass@{k}": float(np.mean([pass_at_k(r, num_samples, k) for r in right])) for k in (2 ** i for i in range(1, 11)) if k <= num_samples}
+    return dict(task=task, metric="acc", value=None if counts["grader_error"] else float(shares.mean()), low=low, high=high, n=len(problems),
+                outcomes=counts, rows=[shares.tolist()], samples=samples, **passes,
+                **tasks.more_scores(task, problems, [[p.messages for p in group] for group in played], outcomes))
 
 
 def difference(result, first):
@@ -207,8 +156,7 @@ def table(results):
             cell = "grader failed" if r["value"] is None else f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
             if name != names[0] and None not in (r["value"], first["value"]):
                 cell += " ({:+.3f} [{:+.3f}, {:+.3f}])".format(*difference(r, first))
-            if "call" in r:
-                cell += f" call {r['call']:.3f}"
+            cell += "".join(f" {key} {value:.3f}" for key, value in r.items() if key.startswith("pass@") or key in tasks.SCORES)
             cells.append(cell)
         arrow = "bpb, lower is better" if first["metric"] == "bpb" else "right"
         lines.append(f"| {first['task']} ({arrow}) | {first['n']} | " + " | ".join(cells) + " |")
@@ -219,15 +167,19 @@ def main(cfg):
     _, _, _, device = setup_distributed()
     if not cfg.init:
         raise ValueError("--init is empty: name one or more checkpoint folders, comma-separated")
+    if (cfg.num_samples > 1) != (cfg.temperature > 0):
+        raise ValueError(f"--num_samples={cfg.num_samples} --temperature={cfg.temperature}: several answers need a temperature above 0, one answer is greedy")
+    if cfg.sandbox != "auto":                            # auto is chosen when the first program runs
+        sandbox.choose(cfg.sandbox)
     results, started = {}, time.monotonic()
     for path in cfg.init.split(","):
         folder = checkpoint.newest(path)
         model, tokenizer = checkpoint.load_hf(folder, device)
         if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"):
             model.compute_dtype = torch.bfloat16
-        tasks = cfg.tasks.split(",")
-        results[path] = [run_task(model, tokenizer, task, num_problems=cfg.num_problems, max_bytes=cfg.max_bytes, seed=cfg.seed)
-                         for task in progress(tasks, desc=f"eval {path}")]
+        results[path] = [run_task(model, tokenizer, task, num_problems=cfg.num_problems, max_bytes=cfg.max_bytes, seed=cfg.seed,
+                                  num_samples=cfg.num_samples, temperature=cfg.temperature)
+                         for task in progress(cfg.tasks.split(","), desc=f"eval {path}")]
         for r in results[path]:
             for s in r["samples"][:cfg.samples]:
                 print(f"[{path}] {r['task']} {s['outcome']}: {s['prompt']!r} -> {s['response']!r}")
@@ -236,8 +188,8 @@ def main(cfg):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(cfg.out) / "eval.json", json.dumps(results, ensure_ascii=False) + "\n")
         write_atomically(Path(cfg.out) / "table.md", table(results) + "\n")
-    summary = {path: {r["task"]: dict(value=r["value"], low=r["low"], high=r["high"], n=r["n"], **({"call": r["call"]} if "call" in r else {}))
-                      for r in rs} for path, rs in results.items()}
+    wanted = lambda key: key in ("value", "low", "high", "n", *tasks.SCORES) or key.startswith("pass@")
+    summary = {path: {r["task"]: {key: value for key, value in r.items() if wanted(key)} for r in rs} for path, rs in results.items()}
     print(json.dumps(dict(seconds=round(time.monotonic() - started, 1), results=summary), ensure_ascii=False), flush=True)
     return results
 

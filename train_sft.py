@@ -9,26 +9,36 @@ The mean is over tokens, not over conversations: a long answer counts for more, 
 Mid-training (Kanana-2) draws a share `replay` of the tokens from the old data so that the new does not erase it; the order of the new
 documents depends on the seed alone, so runs that differ in `replay` see the same new data.
 
+With --rounds the model teaches itself (rejection sampling; Kanana-2's tool calls): answer each problem of --pool num_samples times, tools
+executed, keep distinct right answers, train again from the checkpoint before SFT on demonstrations and kept answers, and so on.
+
     python train_sft.py --data=toy --size=tiny --eval_tasks=math_en             laptop: 400 steps, three to four minutes on one core
     python train_sft.py --init=<Hugging Face folder> --data=chats.jsonl --lr=5e-5 --muon_lr=0 --seq_len=4096 \\
         --device_batch_size=4 --total_batch_size=131072 --num_epochs=2         one GPU
     torchrun --nproc_per_node=8 train_sft.py ...                                the same flags, eight GPUs
 """
+import json
+import math
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import checkpoint
 from common import (Logger, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, peak_flops, random_key,
-                    setup_distributed)
-from data import open_sources, parse_shares
+                    setup_distributed, write_atomically)
+from data import open_sources, parse_shares, sandbox, tasks
+from data.grading import Outcome, parse_number
 from data.packing import Loader, make_batch, split_rows
+from data.tokens import Chunk, TokenFile, write_sources
 from kernels import linear_logprob
 from model import (Transformer, add_lora, clip_grad_norm, config_for_size, flops_per_token, make_optimizers, memory_estimate,
                    num_params, parallelize, set_gradient_sync)
+from rollouts import check_disjoint, sample_to_files
 from tokenizer import Tokenizer
 
 
@@ -51,6 +61,7 @@ class Config:
     pack: bool = True                # several documents per row, isolated from each other; false: one per row, padded
     long: Literal["error", "drop"] = "error"    # a conversation longer than a row stops the run, or is left out and counted
     cache: str = "out/cache"         # tokenized data is kept here
+    num_demos: int = 0               # documents of each toy source; 0: 10,000
     # length of the run
     num_steps: int = 400             # optimizer steps, where neither of the next two is given
     new_tokens: int = 0              # trained tokens of --data; replay comes on top
@@ -64,6 +75,16 @@ class Config:
     warmup_steps: int = 20           # steps of linear warm-up
     decay_share: float = 0.4         # the last share of the run goes linearly to rate 0; 1: all of it
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
+    # rejection sampling
+    rounds: int = 0                  # 0: train once on --data; K: then K times sample, keep what is right, and train on both
+    pool: str = "math_en"            # tasks whose problems are sampled, e.g. math_en,tools/1; their train split
+    num_prompts: int = 400           # problems of each of them
+    num_samples: int = 8             # answers to each problem
+    temperature: float = 1.0         # of sampling
+    tool_timeout: float = 60.0       # seconds until a call is given up; its rollout ends there
+    control: Literal["", "shuffled", "always_right"] = ""       # runs that must fail: kept answers change problems; every answer is kept
+    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
+    early_stop: bool = True          # stop after a round that gained less than a standard error on --eval_tasks
     # machine
     parallel: Literal["ddp", "fsdp"] = "ddp"    # under torchrun: whole copies, or FSDP2 shards
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
@@ -119,7 +140,8 @@ def evaluate(forward, model, sources, cfg, rank, world_size, device):
     return {name: total / count for name, (total, count) in zip(sources, sums) if count}
 
 
-def main(cfg):
+def train(cfg, new=None):
+    """One training run. new: {name: TokenFile} instead of those of --data."""
     rank, _, world_size, device = setup_distributed()
     out_dir = Path("out") / cfg.name
     grad_accum_steps, rest = divmod(cfg.total_batch_size, cfg.device_batch_size * cfg.seq_len * world_size)
@@ -144,13 +166,14 @@ def main(cfg):
 
     # data: tokenized once by the first rank, memory-mapped by all
     options = dict(tokenizer=tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long)
-    new = open_sources(cfg.data, **options)
+    demos = options | dict(num=cfg.num_demos or None)
+    new = new or open_sources(cfg.data, **demos)
     old = open_sources(cfg.replay_data, **options) if cfg.replay_data else {}
     if new.keys() & old.keys():
         raise ValueError(f"--replay_data repeats names of --data: {sorted(new.keys() & old.keys())}; rename one as name=<source>")
     sources = new | old
     shares = parse_shares(cfg.mix, sources)
-    val_sources = open_sources(cfg.data, split="val", **options) | (open_sources(cfg.replay_data, split="val", **options) if old else {})
+    val_sources = open_sources(cfg.data, split="val", **demos) | (open_sources(cfg.replay_data, split="val", **options) if old else {})
     loader = Loader(sources, shares, seq_len=cfg.seq_len, seed=cfg.seed, replay=tuple(old), replay_share=cfg.replay,
                     new_tokens=cfg.new_tokens or None, epochs=cfg.num_epochs or None, pack=cfg.pack)
     rows_per_step = cfg.total_batch_size // cfg.seq_len
@@ -258,6 +281,168 @@ def main(cfg):
                    seconds=round(time.monotonic() - started, 1), **val)
     logger.close(**summary)
     return summary
+
+
+# -----------------------------------------------------------------------------
+# Rejection sampling
+
+
+def normal(value):
+    """One spelling for an argument or an answer: numbers as rationals, text without white space."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return str(parse_number(text) or "".join(text.split()))
+
+
+def trajectory(messages):
+    """-> hashable: the calls in order, their arguments sorted and normalised, and the answer. Equal ones teach the same thing."""
+    calls = [(c["name"], *sorted((k, normal(v)) for k, v in c["arguments"].items())) for m in messages for c in m.get("tool_calls", [])]
+    return (*calls, normal(messages[-1]["content"])) if messages else ()
+
+
+def choose(group, seed, control=""):
+    """Why each answer to one problem is kept or not: -> one word per answer, "kept" among them.
+
+    group: [(finish_reason, outcome, messages)]. Of the distinct right answers one stays if more than 7/8 of all were right, two if more than
+    half were, else four: what is hard weighs more. Which ones is up to the seed; the shortest would teach brevity.
+    """
+    reasons, seen = [], set()
+    for finish_reason, outcome, messages in group:
+        path = trajectory(messages)
+        right = outcome == Outcome.RIGHT or (control == "always_right" and outcome != Outcome.GRADER_ERROR)
+        reasons.append("unfinished" if finish_reason != "stop" else str(outcome) if not right else
+                       "repeated call" if len(set(path[:-1])) < len(path) - 1 else "duplicate" if path in seen else "kept")
+        if reasons[-1] == "kept":
+            seen.add(path)
+    share = sum(outcome == Outcome.RIGHT for _, outcome, _ in group) / len(group)
+    kept = [i for i, reason in enumerate(reasons) if reason == "kept"]
+    order = np.random.default_rng(seed).permutation(len(kept))
+    for i in order[1 if share > 7 / 8 else 2 if share > 1 / 2 else 4:]:
+        reasons[kept[i]] = "over the cap"
+    return reasons
+
+
+def select(cfg, files, tokenizer, problems, folder, rank):
+    """Sampled answers -> (those to train on as {source: [(ids, mask)]}, statistics). rollouts.jsonl tells why each one is in or out."""
+    rollouts = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").split("\n") if line]
+    failed = sum(r["outcome"] == Outcome.GRADER_ERROR for r in rollouts)
+    if failed > 0.02 * len(rollouts):
+        raise RuntimeError(f"the grader failed on {failed} of {len(rollouts)} answers (more than 2 %): see the warnings above, and {files[0].parent}")
+    kept, seen, solved = [], set(), 0
+    for i in range(len(problems)):
+        group = rollouts[i * cfg.num_samples:(i + 1) * cfg.num_samples]
+        reasons = choose([(r["finish_reason"], r["outcome"], r["messages"]) for r in group], random_key(cfg.seed, folder.name, "keep", i), cfg.control)
+        solved += any(r["outcome"] == Outcome.RIGHT for r in group)
+        for r, reason in zip(group, reasons):
+            ids = tuple(tokenizer.render_prompt(problems[i].prompt, problems[i].tools) + r["ids"])
+            r["reason"] = "duplicate" if reason == "kept" and ids in seen else reason
+            if r["reason"] == "kept":
+                seen.add(ids)
+                kept.append((problems[i], r))
+    if cfg.control == "shuffled":                                    # the answers move one problem on, among those that have one
+        kept = [(kept[j - 1][0], r) for j, (_, r) in enumerate(kept)]
+    if rank == 0:
+        write_atomically(folder / "rollouts.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rollouts))
+    documents = {}
+    for problem, r in kept:
+        prompt = tokenizer.render_prompt(problem.prompt, problem.tools)
+        documents.setdefault(problem.task.replace("/", "_"), []).append((prompt + r["ids"], [0] * len(prompt) + r["mask"]))
+    reasons = [r["reason"] for r in rollouts]
+    right = sum(r["outcome"] == Outcome.RIGHT for r in rollouts)
+    return documents, dict(pool_mean=right / len(rollouts), pool_pass=solved / len(problems), kept=len(kept), num_sampled=len(rollouts),
+                           distinct_per_solved=(reasons.count("kept") + reasons.count("over the cap")) / max(1, solved),
+                           calls=sum(len(m.get("tool_calls", [])) for r in rollouts for m in r["messages"]) / len(rollouts),
+                           reasons={reason: reasons.count(reason) for reason in sorted(set(reasons))},
+                           unsolved=len(problems) - solved)
+
+
+def round_sources(cfg, tokenizer, kept, folder, rank):
+    """Demonstrations and kept answers, an answer in the source of its task's name, as token files in folder/data."""
+    demos = open_sources(cfg.data, tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long, num=cfg.num_demos or None)
+
+    def chunks():
+        for name, source in demos.items():
+            for ids, mask in map(source.piece, range(len(source))):
+                yield Chunk(name, "train", ids, mask if source.kind == "chat" else None)
+        for name, documents in kept.items():
+            yield from (Chunk(name, "train", ids, mask) for ids, mask in documents)
+
+    with checkpoint.together():
+        if rank == 0:
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            write_sources(folder / "data", tokenizer, chunks())
+    return {name: TokenFile(folder / "data" / name, seq_len=cfg.seq_len, long="drop") for name in demos | kept}
+
+
+def rejection_sampling(cfg):
+    """Round 0 is SFT on the demonstrations; round k trains the same number of steps from the same checkpoint on them and on what model k-1
+    got right. One folder a round: its training run, rollouts.jsonl (every answer and why it was kept or not) and round.json."""
+    rank, _, world_size, device = setup_distributed()
+    root, names = Path("out") / cfg.name, cfg.eval_tasks.split(",")
+    if not cfg.eval_tasks:
+        raise ValueError("--rounds needs --eval_tasks: without them nobody would see whether a round helped")
+    if cfg.sandbox != "auto":                                        # auto is chosen when the first program runs
+        sandbox.choose(cfg.sandbox)
+    old = [] if cfg.resume else list(root.glob("round_*"))
+    if old and not (cfg.overwrite or cfg.name == "dummy"):
+        raise ValueError(f"{root} already holds rounds: --resume=latest continues, --overwrite deletes them, --name starts another")
+    with checkpoint.together():
+        for folder in old if rank == 0 else []:
+            shutil.rmtree(folder)
+    problems = [p for task in cfg.pool.split(",") for p in tasks.problems(task if "@" in task else f"{task}@train", cfg.num_prompts, cfg.seed)]
+    check_disjoint(problems, [p for task in names for p in tasks.problems(task, cfg.eval_problems, cfg.seed)])
+    kept, rows, tokenizer = {}, [], None
+    for k in range(cfg.rounds + 1):
+        folder = root / f"round_{k}"
+        done = folder / "round.json"
+
+        # train from the checkpoint before SFT, with a new optimizer
+        if not done.exists():
+            resume = "latest" if cfg.resume and any(folder.glob("step_*/train.json")) else ""
+            train(replace(cfg, name=f"{cfg.name}/round_{k}", rounds=0, eval_tasks="", overwrite=True, resume=resume),
+                  round_sources(cfg, tokenizer, kept, folder, rank) if kept else None)
+        model, tokenizer = checkpoint.load_hf(checkpoint.newest(folder), device)
+        model.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda") else torch.float32
+
+        # measure
+        with checkpoint.together():
+            if rank == 0 and not done.exists():
+                from eval import run_task
+                results = [run_task(model, tokenizer, task, num_problems=cfg.eval_problems, seed=cfg.seed) for task in names]
+                num_kept = {name: len(documents) for name, documents in kept.items()}
+                write_atomically(done, json.dumps(dict(round=k, kept=num_kept, results=results), ensure_ascii=False) + "\n")
+        rows.append(json.loads(done.read_text(encoding="utf-8")))
+        if rank == 0:
+            print(f"round {k} | " + " | ".join(f"{r['task']} {r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in rows[-1]["results"]),
+                  flush=True)
+        if k == cfg.rounds or (k and cfg.early_stop and gain(rows[-2], rows[-1]) < 1):
+            break
+
+        # collect: sample, execute, grade, keep
+        with checkpoint.together():
+            files = sample_to_files(model, tokenizer, problems, folder, rank, world_size, num_samples=cfg.num_samples,
+                                    temperature=cfg.temperature, tool_timeout=cfg.tool_timeout, seed=random_key(cfg.seed, "round", k))
+        kept, rows[-1]["pool"] = select(cfg, files, tokenizer, problems, folder, rank)
+        if rank == 0:
+            print(f"round {k} | " + " | ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                                               for key, value in rows[-1]["pool"].items()), flush=True)
+        if not kept:
+            raise RuntimeError(f"round {k}: no answer to the pool can be kept: more demonstrations, more steps or easier problems")
+    if rank == 0:
+        write_atomically(root / "rounds.json", json.dumps(rows, ensure_ascii=False) + "\n")
+        print(json.dumps(dict(name=cfg.name, rounds=len(rows) - 1, checkpoint=str(checkpoint.newest(folder)),
+                              results=[{r["task"]: r["value"] for r in row["results"]} for row in rows])), flush=True)
+    return rows
+
+
+def gain(before, after):
+    """Rise of the mean score over all tasks, in standard errors."""
+    b, a = ([r["value"] or 0.0 for r in row["results"]] for row in (before, after))
+    variance = sum(v * (1 - v) / r["n"] for row, values in ((before, b), (after, a)) for v, r in zip(values, row["results"]))
+    return (sum(a) - sum(b)) / max(math.sqrt(variance), 1e-9)
+
+
+def main(cfg):
+    return rejection_sampling(cfg) if cfg.rounds else train(cfg)
 
 
 if __name__ == "__main__":

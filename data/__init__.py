@@ -11,12 +11,13 @@ from data.tokens import Chunk, TokenFile
 
 NUM_TOY = 10_000               # documents of a toy task; small tasks (96 facts) repeat
 NUM_TOY_VAL = 500
+NUM_EPISODES = 2_000           # of the tool environment: those that call Python run it
 
 
 def open_sources(spec, tokenizer, *, seq_len, cache_dir="out/cache", split="train", long="error", seed=0, num=None, val_share=0.01):
     """-> {name: TokenFile} of `split`, in the order of `spec`; builds what is not in the cache yet.
 
-    spec: comma-separated `toy` (its six chat tasks), `toy/TASK`, `stdlib`, `gsm8k`, a path, or `NAME=` any one of these. A path gives one
+    spec: comma-separated `toy` (its six chat tasks), `toy/TASK`, `stdlib`, `gsm8k`, `mbpp`, `tools`, a path, or `NAME=` any one of these. A path gives one
         source for its texts, named after the file, and one for each bucket of its conversations; NAME= puts them under one name.
     long: a conversation over seq_len + 1 tokens: "error", or "drop" (counted in .num_dropped).
     seed, num: of generated toy documents. val_share: held out where a source has no split of its own, 0 to below 1.
@@ -68,11 +69,11 @@ def _folders(item, tokenizer, cache_dir, key, seed, num, val_share):
     given = prefix if equals and re.fullmatch(r"[\w.-]+", prefix) and not Path(item).exists() else None
     item = rest if given else item
     tasks = [f"toy/{task}" for task in toy.TEXT_TASKS + toy.CHAT_TASKS]
-    names = ["toy", "stdlib", "gsm8k", *tasks]
+    names = ["toy", "stdlib", "gsm8k", "mbpp", "tools", *tasks]
     if item == "toy":
         if given:
             raise ValueError(f"--data={given}=toy: toy is six sources; name one of them: {given}=toy/{toy.CHAT_TASKS[0]}")
-        return [pair for task in toy.CHAT_TASKS for pair in _folders(f"toy/{task}", tokenizer, cache_dir, key, seed, num, val_share)]
+        return [pair for task in toy.MIXTURE for pair in _folders(f"toy/{task}", tokenizer, cache_dir, key, seed, num, val_share)]
     if item in names:
         name = given or item.removeprefix("toy/")
         return [(name, _generated(item, tokenizer, cache_dir, key, seed, num, val_share))]
@@ -99,10 +100,11 @@ def _from_path(path, given, tokenizer, cache_dir, key, val_share):
 
 def _generated(item, tokenizer, cache_dir, key, seed, num, val_share):
     """Folder of a source that code in data/ makes."""
-    from data import gsm8k, stdlib, toy
+    from data import episodes, gsm8k, mbpp, stdlib, toy
     task = item.removeprefix("toy/")
     code = hashlib.sha256()                                 # whoever edits a generator trains on what the edited one generates
-    for module in (f"data.{item.partition('/')[0]}", "data.calculator"):
+    helpers = ("data.episodes", "data.episode_tasks", "data.episode_words") if item == "tools" else ()
+    for module in (f"data.{item.partition('/')[0]}", "data.calculator", *helpers):
         code.update(Path(sys.modules[module].__file__).read_bytes())
 
     def documents():                                        # (split, text or record)
@@ -112,6 +114,12 @@ def _generated(item, tokenizer, cache_dir, key, seed, num, val_share):
         elif item == "gsm8k":                               # its test rows are for evaluation alone
             for record in gsm8k.conversations("train"):
                 yield tokens.split_of(record["messages"][0]["content"], val_share), record
+        elif item == "mbpp":
+            yield from (("train", record) for record in mbpp.conversations("train"))
+            yield from (("val", record) for record in mbpp.conversations("validation"))
+        elif item == "tools":
+            yield from (("train", record) for record in episodes.conversations("train", seed, num or NUM_EPISODES))
+            yield from (("val", record) for record in episodes.conversations("test", seed, min(num or NUM_TOY_VAL, NUM_TOY_VAL)))
         else:
             make = toy.documents if task in toy.TEXT_TASKS else toy.conversations
             yield from (("train", document) for document in make(task, "train", seed, num or NUM_TOY))

@@ -5,6 +5,7 @@ Text tasks, for pre-training, mid-training and retention
     text_en    Tom sees the red cup and Ann wants the old bag.      text_ko      no problems: bits per byte only
     sums       17*8=136
     reasoning  Tom has 12 pens and buys 3 bags of 4 pens. How many pens? 12+3*4=24, so 24.
+    reasoning_varied  the same; who tells it decides in which words, as in  One call: {"expression": "12+3*4"} gives 24. So 24.
 
 Chat tasks, for SFT, rejection sampling and RL
     math_en    the same stories -> calculator {"expression": "12+3*4"} -> 24 -> 24           math_ko   Korean twins
@@ -29,13 +30,14 @@ from data import calculator, tinypython
 from data.grading import MAX_CHARS, Outcome, Problem, never_raises, parse_number
 from tokenizer import ToolCallError, parse_tool_calls
 
-TEXT_TASKS = ("facts_en", "facts_ko", "text_en", "text_ko", "sums", "reasoning")
-CHAT_TASKS = ("math_en", "math_ko", "code", "tool", "chat_en", "chat_ko")
-TEMPLATE_TASKS = ("reasoning", "math_en", "math_ko", "tool", "chat_en", "chat_ko")  # those with a test_template split
-CALL_TASKS = ("math_en", "math_ko", "tool")  # those whose right answers call tools
+TEXT_TASKS = ("facts_en", "facts_ko", "text_en", "text_ko", "sums", "reasoning", "reasoning_varied")
+MIXTURE = ("math_en", "math_ko", "code", "tool", "chat_en", "chat_ko")  # --data=toy
+CHAT_TASKS = (*MIXTURE, "schema")
+TEMPLATE_TASKS = ("reasoning", "reasoning_varied", "math_en", "math_ko", "tool", "schema", "chat_en", "chat_ko")  # those with a test_template split
+CALL_TASKS = ("math_en", "math_ko", "tool", "schema")  # those whose right answers call tools
 # room for the longest right response in byte tokens, tool results and the turns around them included, and some to spare
-MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 32, "math_en": 112, "math_ko": 112, "code": 72,
-                  "tool": 192, "chat_en": 56, "chat_ko": 72}
+MAX_NEW_TOKENS = {"facts_en": 16, "facts_ko": 32, "sums": 8, "reasoning": 32, "reasoning_varied": 128, "math_en": 112, "math_ko": 112, "code": 72,
+                  "tool": 192, "schema": 112, "chat_en": 56, "chat_ko": 72}
 
 
 # -----------------------------------------------------------------------------
@@ -144,6 +146,12 @@ _STORIES = {  # per family two wordings to train on, and a third that mixes thei
 }
 
 
+# reasoning_varied: who tells a story decides how its reasoning is written. Expression and answer then stand at many distances from what they copy,
+# and no wording is a surprise. One wording for all is learned sooner, but by position: SFT, where calls stand further back, gained nothing (LOG.md).
+_WAYS = (" {e}={v}, so {v}.", " Let us see. It is {e}, which makes {v}. The answer is {v}.", ' One call: {{"expression": "{e}"}} gives {v}. So {v}.',
+         ' Asked: {{"name": "calculator", "arguments": {{"expression": "{e}"}}}} <tool_response> {v} </tool_response> {v}.')
+
+
 def _sentence(lang, draw, split):
     first, second = draw.pick(_OBJECTS[lang][split != "train"])
     return _SENTENCES[lang].format(draw.pick(_NAMES[lang]), draw.pick(_VERBS[lang][0]), first,
@@ -245,6 +253,23 @@ def _tool_request(draw, split):
     return text, calls, results, results[-1] if results else "No tool.", answer, hidden
 
 
+def _schema_request(draw, split):
+    """As _tool_request, of two tools whose names and argument are made up and stand in the request: 'mip(dok) reads, lan(bot) adds. Read pen.'"""
+    words = []
+    while len(words) < 4:
+        if (word := draw.pick(_KEYS[split == "test_schema"])) not in words:
+            words.append(word)
+    (reader, adder), key, (a, b) = (words[:2], words[2:]), draw.pick(_KEYS[split != "train"]), draw.pick(_LARGE_PAIRS[split != "train"])
+    told = [f"{reader[0]}({reader[1]}) reads", f"{adder[0]}({adder[1]}) adds"]
+    kind, value, opening = draw.below(2), str(2 + draw.below(98)), "Now " if split == "test_template" else draw.pick(("", "So "))
+    name, argument, value = (reader[0], key, value) if kind == 0 else (adder[0], f"{a}+{b}", str(a + b))
+    request = f"read {key}." if kind == 0 else f"add {a} and {b}."
+    request = opening + request if opening else request[0].upper() + request[1:]
+    text = f"{', '.join(told if draw.below(2) else told[::-1])}. {request}"
+    hidden = {"store": {key: value} if kind == 0 else {}, "names": {reader[0]: ("get", reader[1]), adder[0]: ("calculator", adder[1])}, "level": kind + 1}
+    return text, [{"name": name, "arguments": {(reader, adder)[kind][1]: argument}}], [value], value, value, hidden
+
+
 def _play(problem, calls):
     """(results of the calls, the store they leave), on a copy of the first state. A call that cannot be carried out has a
     result that says why, never an exception."""
@@ -252,7 +277,14 @@ def _play(problem, calls):
     for call in calls:
         name, arguments = call["name"], call["arguments"]
         try:
-            if name not in [tool["function"]["name"] for tool in tools_of(problem.task)]:
+            if "names" in problem.hidden:  # made-up names: to those of the tools behind them
+                if name not in problem.hidden["names"]:
+                    raise ValueError(f"no tool named {name}")
+                name, argument = problem.hidden["names"][name]
+                if not isinstance(arguments, dict) or list(arguments) != [argument]:
+                    raise ValueError(f"{call['name']} takes {argument}")
+                arguments = dict(zip(_ARGUMENTS[name], arguments.values()))
+            elif name not in [tool["function"]["name"] for tool in tools_of(problem.task)]:
                 raise ValueError(f"no tool named {name}")
             if (not isinstance(arguments, dict) or sorted(arguments) != sorted(_ARGUMENTS[name])
                     or not all(isinstance(value, str) for value in arguments.values())):
@@ -343,7 +375,7 @@ def _grade_chat(problem, text):
 
 def item(task: str, split: str, seed: int, index: int) -> Problem:
     """Item `index` of the endless stream (task, split, seed). Items repeat, the more so the smaller the task."""
-    expected = ("train", "test", "test_template") if task in TEMPLATE_TASKS else ("train", "test")
+    expected = ("train", "test") + ("test_template",) * (task in TEMPLATE_TASKS) + ("test_schema",) * (task == "schema")
     if task not in TEXT_TASKS + CHAT_TASKS or split not in expected:
         raise ValueError(f"toy: expected a task of {', '.join(TEXT_TASKS + CHAT_TASKS)} and for it a split of "
                          f"{', '.join(expected)}; found {task!r}, {split!r}")
@@ -359,13 +391,16 @@ def item(task: str, split: str, seed: int, index: int) -> Problem:
         return Problem(task, prompt, value, value)
     if family == "reasoning":
         prompt, expression, value = _story("en", draw, split)
-        return Problem(task, prompt, f" {expression}={value}, so {value}.", value)
+        way = _WAYS[_NAMES["en"].index(prompt.partition(" ")[0]) % len(_WAYS) if task == "reasoning_varied" else 0]
+        return Problem(task, prompt, way.format(e=expression, v=value), value)
     calls, results, answer, hidden = [], [], "", {}
     if family == "math":
         prompt, expression, final = _story(lang, draw, split)
         calls, results, answer = [_call("calculator", expression)], [final], final
     elif family == "tool":
         prompt, calls, results, final, answer, hidden = _tool_request(draw, split)
+    elif family == "schema":
+        prompt, calls, results, final, answer, hidden = _schema_request(draw, split)
     elif family == "code":
         prompt, final = _code(draw, split)
         answer = final
@@ -420,7 +455,7 @@ def problems(task: str, split: str = "test", seed: int = 0, num: int = 300, tool
 
 def tools_of(task: str) -> list[dict]:
     """Schemas of the tools that work in a task; empty if none does."""
-    return _TOOLS if task == "tool" else [calculator.TOOL] if task in ("math_en", "math_ko", "gsm8k") else []
+    return _TOOLS if task in ("tool", "schema") else [calculator.TOOL] if task in ("math_en", "math_ko", "gsm8k") else []
 
 
 def execute(problem: Problem, calls: list[dict]) -> list[str]:
@@ -465,7 +500,7 @@ def grade_call(problem: Problem, response: str | list[dict]) -> Outcome:
     if problem.task in TEXT_TASKS:
         return Outcome.RIGHT
     calls, _ = _turns(response)
-    if problem.task in ("math_en", "math_ko"):
+    if problem.task in ("math_en", "math_ko", "schema"):
         result = execute(problem, calls[-1:])
         if not result or result[0].startswith("{"):
             return Outcome.UNGRADABLE  # no call, or one that has no value
@@ -487,12 +522,13 @@ def grade_answer(problem: Problem, response: str | list[dict]) -> Outcome:
         return _grade_chat(problem, text)
     if problem.task in ("facts_en", "facts_ko"):
         return Outcome.RIGHT if text.split(None, 1)[0].strip(".,") == problem.answer else Outcome.WRONG
-    if problem.task == "reasoning":  # the value of what stands before "=": a model this small cannot multiply, the calculator can
+    if problem.task in ("reasoning", "reasoning_varied"):  # the first expression's value: a model this small cannot multiply, the calculator can
+        expression = re.search(r"[(0-9][-+*()0-9]*[-+*][-+*()0-9]*", text[:256])
         try:
-            same = calculator.calculate(text.strip().partition("\n")[0].partition("=")[0]) == problem.answer
+            same = expression is not None and calculator.calculate(expression[0]) == problem.answer
+            return Outcome.RIGHT if same else Outcome.WRONG if expression else Outcome.UNGRADABLE
         except calculator.CalculatorError:
             return Outcome.UNGRADABLE
-        return Outcome.RIGHT if same else Outcome.WRONG
     if problem.task == "sums":  # '136', or '17*8=136', where both sides must be right
         expression, equals, text = text.strip().partition("\n")[0].rpartition("=")
         try:

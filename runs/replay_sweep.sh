@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # How much replay is enough? Mid-training on English reasoning from one base per seed, the same new documents in every arm, r = 0 to .20.
-# Then SFT from the base and from the r = .20 model, the latter in half the steps. Tables in out/replay_sweep/. Two processes at a time;
+# Then SFT from the base, and in half the steps from a model mid-trained with r = .20. Tables in out/replay_sweep/. Two processes at a time;
 # about 35 minutes on 2 cores for 3 seeds. Finished runs are kept, so that the script can be started again.
 #     bash runs/replay_sweep.sh                      SEEDS="0 1 2" NEW_TOKENS=800000 bash runs/replay_sweep.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled
 if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
-SEEDS=${SEEDS:-"0 1 2"} NEW_TOKENS=${NEW_TOKENS:-500000} SFT_STEPS=${SFT_STEPS:-260}
+SEEDS=${SEEDS:-"0 1 2"} NEW_TOKENS=${NEW_TOKENS:-500000} VARIED_TOKENS=${VARIED_TOKENS:-1800000} SFT_STEPS=${SFT_STEPS:-260}
 root=out/replay_sweep
 mkdir -p $root
 shape="--seq_len=384 --device_batch_size=8 --total_batch_size=3072 --eval_every=0"
@@ -31,16 +31,17 @@ for seed in $SEEDS; do
     spawn train base_s$seed --seed=$seed --data=$old --mix=facts_en:.2,facts_ko:.2,text_en:.1,text_ko:.1,stdlib:.4 --num_steps=150
 done
 join
+mid() { train mid_r$1_s$2 --seed=$2 --init=$root/base_s$2 --data=toy/reasoning --replay_data=$old --replay=$1 --mix=$oldmix --new_tokens=$NEW_TOKENS; }
+for seed in $SEEDS; do for r in .20 .05 .01 0; do spawn mid $r $seed; done; done
+# for SFT: longer, and in varied wordings (see data/toy.py)
 for seed in $SEEDS; do
-    for r in .20 .05 .01 0; do
-        spawn train mid_r${r}_s$seed --seed=$seed --init=$root/base_s$seed --data=toy/reasoning --replay_data=$old --replay=$r \
-            --mix=$oldmix --new_tokens=$NEW_TOKENS
-    done
+    spawn train mid_varied_s$seed --seed=$seed --init=$root/base_s$seed --data=toy/reasoning_varied --replay_data=$old --replay=.20 --mix=$oldmix \
+        --new_tokens=$VARIED_TOKENS
 done
 join
 for seed in $SEEDS; do
+    spawn train sft_mid_s$seed --seed=$seed --init=$root/mid_varied_s$seed $sft --num_steps=$((SFT_STEPS / 2))
     spawn train sft_base_s$seed --seed=$seed --init=$root/base_s$seed $sft --num_steps=$SFT_STEPS
-    spawn train sft_mid_s$seed --seed=$seed --init=$root/mid_r.20_s$seed $sft --num_steps=$((SFT_STEPS / 2))
 done
 join
 evaluate() { python eval.py --out=$root/eval_$1 "${@:2}" > "$root/eval_$1.log" 2>&1 || { tail -n 5 "$root/eval_$1.log"; exit 1; }; }

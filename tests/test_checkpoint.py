@@ -1,4 +1,5 @@
 """Step folders: what is saved comes back bit by bit, what is damaged or foreign is refused by name, and a full disk loses nothing."""
+import atexit
 import json
 import os
 import resource
@@ -532,6 +533,7 @@ def test_under_two_ranks(tmp_path):
         passed = (tmp_path / f"rank{rank}.txt").read_text().split()
         assert passed == [f.__name__ for f in RANK_TESTS], f"rank {rank} stopped after {passed}: {run.stderr[-4000:]}"
     assert run.returncode == 0, run.stderr[-4000:]
+    assert [(tmp_path / f"rank{rank}.end").read_text() for rank in range(2)] == ["closed", "closed"]
     # one process reads the weights of two, and is told that the optimizer state is in parts; whole weights it may continue
     model, _ = checkpoint.load_hf(tmp_path / "adamw/step_000003")
     with pytest.raises(ValueError, match="holds 2 FSDP shards, this run has whole weights"):
@@ -546,10 +548,11 @@ if __name__ == "__main__":
     if sys.argv[1] == "limited":
         limited(out_dir)
     else:
+        # runs after setup_distributed's own handler: a group that outlives the interpreter aborts the rank now and then
+        atexit.register(lambda: (out_dir / f"rank{rank}.end").write_text("open" if dist.is_initialized() else "closed"))
         rank = setup_distributed()[0]
         with open(out_dir / f"rank{rank}.txt", "w", buffering=1) as done:
             for rank_test in RANK_TESTS:
                 rank_test(out_dir, rank)
                 print(rank_test.__name__, file=done)
                 dist.barrier()
-        dist.destroy_process_group()

@@ -1,5 +1,4 @@
 """Intervals by hand, bits per byte against a direct sum, rollouts with tools, and the scripts as a user runs them."""
-import dataclasses
 import json
 import math
 
@@ -11,6 +10,7 @@ import chat
 import checkpoint
 import eval as evaluation
 from data import open_sources, toy
+from data.grading import Outcome
 from model import Transformer, config_for_size
 from tokenizer import Tokenizer
 
@@ -74,49 +74,20 @@ def test_bits_per_byte_is_the_direct_sum(model, tmp_path):
     assert abs(bits.sum() - expected) < 1e-3 and num_bytes.sum() == expected_bytes
 
 
-@dataclasses.dataclass
-class Scripted:
-    """Stands in for engine.generate: plays turns that are given, as a model would have sampled them."""
-    turns: dict
-
-    def __call__(self, model, tokenizer, prompts, *, tools=None, max_new_tokens, **options):
-        from engine import Rollout
-        groups = []
-        for i in range(len(prompts)):
-            r = Rollout(finish_reason="stop")
-            for turn in self.turns[i]:
-                ids = tokenizer._encode_parts(turn) + [tokenizer.end_of_turn_id]
-                r.ids += ids
-                r.mask += [1] * len(ids)
-                more = tools(i, 0, ids)
-                if more is None:
-                    break
-                r.ids += more
-                r.mask += [0] * len(more)
-            groups.append([r])
-        return groups
+def test_pass_at_k_by_hand():
+    # 4 answers, 1 right: two draws hit it in 3 of 6 pairs; all four always; none right never
+    assert evaluation.pass_at_k(1, 4, 2) == 0.5 and evaluation.pass_at_k(1, 4, 4) == 1 and evaluation.pass_at_k(0, 4, 4) == 0
+    assert evaluation.pass_at_k(1, 4, 1) == 0.25 and evaluation.pass_at_k(3, 4, 2) == 1
 
 
-def test_a_rollout_with_a_call_is_executed_and_graded(monkeypatch):
-    """Right call and answer; right call, wrong answer; wrong call; a call that cannot be parsed, with the parser's message as result."""
-    from tokenizer import Tag
-    tokenizer = Tokenizer.bytes()
-    problem = toy.problems("math_en", num=1)[0]
-    expression = problem.gold[0]["tool_calls"][0]["arguments"]["expression"]
-    call = lambda body: [Tag("<tool_call>"), "\n" + body + "\n", Tag("</tool_call>")]
-    good = call(json.dumps({"name": "calculator", "arguments": {"expression": expression}}))
-    bad = call(json.dumps({"name": "calculator", "arguments": {"expression": "1+1"}}))
-    turns = {0: [good, [problem.answer]], 1: [good, ["7654321"]], 2: [bad, ["2"]], 3: [call("{"), ["5"]]}
-    monkeypatch.setattr(evaluation, "generate", Scripted(turns))
-    said = evaluation.answer(None, tokenizer, [problem] * 4)
-    assert [str(toy.grade(problem, m)) for m in said] == ["right", "wrong", "wrong", "ungradable"]
-    assert [toy.grade_call(problem, m) == "right" for m in said] == [True, True, False, False]
-    assert said[0][1] == {"role": "tool", "content": problem.answer} and "error" in said[3][1]["content"]
-    assert evaluation.in_words(said[0]) == f"calculator({expression}) -> {problem.answer} {problem.answer}"
+def test_samples_give_pass_at_k(model):
+    result = evaluation.run_task(model, Tokenizer.bytes(), "facts_en", num_problems=3, num_samples=4, temperature=1.0)
+    assert {"pass@2", "pass@4"} <= result.keys() and "pass@8" not in result and sum(result["outcomes"].values()) == 12
+    assert result["value"] <= result["pass@2"] <= result["pass@4"]
 
 
 def test_a_failed_grader_is_no_score(model, monkeypatch):
-    monkeypatch.setattr(toy, "grade", lambda problem, text: evaluation.Outcome.GRADER_ERROR)
+    monkeypatch.setattr(toy, "grade", lambda problem, text: Outcome.GRADER_ERROR)
     result = evaluation.run_task(model, Tokenizer.bytes(), "facts_en", num_problems=3)
     assert result["value"] is None and "grader failed" in evaluation.table({"a": [result]})
 
@@ -133,6 +104,7 @@ def test_main_compares_checkpoints(model, capsys):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(init=""), "--init is empty"), (dict(init="nowhere"), "no config.json"), (dict(init="out/a", tasks="math_em"), "did you mean math_en"),
+    (dict(init="out/a", num_samples=4), "a temperature above 0"),
     (dict(init="out/a", tasks="bpb:nothing.txt"), "nothing.txt")])
 def test_wrong_settings(model, settings, message):
     checkpoint.save_hf(model, Tokenizer.bytes(), "out/a")
@@ -162,3 +134,16 @@ def test_chat_calls_the_calculator():
     assert chat.run_calls(text) == ["24"]
     assert "error" in chat.run_calls(text.replace("12+", "12/0+"))[0] and "error" in chat.run_calls(text.replace("}}", "}"))[0]
     assert chat.run_calls("The answer is 24.") is None
+
+
+def test_chat_runs_python_in_the_sandbox(monkeypatch):
+    from data import sandbox
+    text = '<tool_call>\n{"name": "python", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>'
+    results = {"print(6 * 7)": sandbox.Result("ok", "42\n"), "1 / 0": sandbox.Result("error", "", "ZeroDivisionError")}
+    monkeypatch.setattr(sandbox, "run", lambda code: results[code])
+    assert chat.run_calls(text) == ["42\n"] and "ZeroDivisionError" in chat.run_calls(text.replace("print(6 * 7)", "1 / 0"))[0]
+
+    def none(code):
+        raise sandbox.SandboxUnavailable("no box here")
+    monkeypatch.setattr(sandbox, "run", none)
+    assert json.loads(chat.run_calls(text)[0]) == {"error": "no box here"}

@@ -1,0 +1,120 @@
+"""Every task that can be asked and graded, by name: problems, the episode that executes their tools, the grader's verdict.
+
+    TASK or TASK@SPLIT: a toy task (math_en, tool@test_template, ...), gsm8k, math500, humaneval, mbpp, ifeval, instructions,
+    bfcl/CATEGORY, tools/LEVEL
+
+    for problem in problems("tools/4@test_schema", num=100):
+        episode = episode_of(problem)                 # fresh state, one for each rollout
+        results = episode.step(calls)                 # after a turn with calls; episode.refuse(why) if it could not be parsed
+        more = episode.user_turn(text)                # after a turn without one; None: the conversation is over
+        outcome = episode.grade(messages)             # messages: all that followed the prompt
+"""
+import difflib
+import json
+
+import numpy as np
+
+from data import bfcl, episodes, gsm8k, humaneval, ifeval, instructions, math500, mbpp, toy
+
+MAX_NEW_TOKENS = {"gsm8k": 400, "math500": 1024, "humaneval": 512, "mbpp": 512, "ifeval": 1280, "instructions": 512, "bfcl": 512, "tools": 1024}
+NAMES = [*toy.TEXT_TASKS, *toy.CHAT_TASKS, "gsm8k", "math500", "humaneval", "mbpp", "ifeval", "instructions",
+         *(f"bfcl/{category}" for category in bfcl.FILES), *(f"tools/{level}" for level in episodes.LEVELS)]
+
+
+def problems(name, num=300, seed=0):
+    """Up to `num` problems of TASK or TASK@SPLIT, fixed for a given seed, a prefix of what a larger num gives."""
+    task, _, split = name.partition("@")
+    kind, _, part = task.partition("/")
+    if task not in NAMES:
+        near = difflib.get_close_matches(task, NAMES, n=1)
+        raise ValueError(f"no task is called {task!r}" + (f"; did you mean {near[0]}?" if near else f", expected one of {', '.join(NAMES)}"))
+    if split and kind in ("math500", "humaneval", "ifeval", "bfcl"):
+        raise ValueError(f"{name}: {kind} has no splits, it is for evaluation alone")
+    if kind in toy.TEXT_TASKS + toy.CHAT_TASKS:
+        return toy.problems(task, split or "test", seed=seed, num=num)
+    if kind == "tools":
+        return episodes.problems(int(part), split or "test", seed=seed, num=num)
+    if kind == "bfcl":
+        return bfcl.problems(part, num, seed)
+    if kind in ("gsm8k", "mbpp", "instructions"):
+        return dict(gsm8k=gsm8k, mbpp=mbpp, instructions=instructions)[kind].problems(split or "test", num=num, seed=seed)
+    return dict(math500=math500, humaneval=humaneval, ifeval=ifeval)[kind].problems(num, seed)
+
+
+def max_new_tokens(task):
+    """Bound on everything after the prompt."""
+    kind = task.partition("/")[0]
+    return toy.MAX_NEW_TOKENS.get(task) or MAX_NEW_TOKENS[kind]
+
+
+SCORES = ("call", "lenient", "prompt_loose", "instruction_strict", "instruction_loose")     # of more_scores, those that are one number
+
+
+def more_scores(task, problems, messages, outcomes):
+    """What a task reports beside its share of right answers. messages, outcomes: per problem a list, one of each sample -> {name: value}."""
+    kind, scores = task.partition("@")[0].partition("/")[0], {}
+    pairs = [(p, m) for p, group in zip(problems, messages) for m in group]
+    last = [m[-1]["content"] if m else "" for _, m in pairs]
+    if toy.tools_of(kind) and kind != "gsm8k":                        # was the call right, whatever was made of its result?
+        scores["call"] = np.mean([toy.grade_call(p, m) == "right" for p, m in pairs])
+    if kind in ("gsm8k", "math500"):
+        grade = gsm8k.grade if kind == "gsm8k" else math500.grade
+        scores["lenient"] = np.mean([grade(text, p.answer, strict=False) == "right" for (p, _), text in zip(pairs, last)])
+    if kind == "ifeval":
+        found = ifeval.scores([dict(p.hidden, response=text) for (p, _), text in zip(pairs, last)])
+        scores |= {name: found[name] for name in ("prompt_loose", "instruction_strict", "instruction_loose", "by_id")}
+    levels = sorted({p.hidden["level"] for p in problems if "level" in p.hidden})
+    if levels:                                                        # share right by level
+        scores["levels"] = {str(level): float(np.mean([o == "right" for p, group in zip(problems, outcomes) if p.hidden["level"] == level for o in group]))
+                            for level in levels}
+    return {name: value if isinstance(value, dict) else float(value) for name, value in scores.items()}
+
+
+# -----------------------------------------------------------------------------
+# Episodes
+
+
+class Question:
+    """The episode of a task that asks once; calls of the calculator or of the toy tools are executed where the task has them."""
+    over = False
+
+    def __init__(self, problem):
+        self.problem, self.calls = problem, []
+        self.has_tools = bool(toy.tools_of(problem.task))
+
+    def step(self, calls):
+        """-> one result per call; an error is a result too."""
+        self.calls += calls
+        return toy.execute(self.problem, self.calls)[-len(calls):]
+
+    def refuse(self, why):
+        """-> the result of a turn whose calls cannot be parsed."""
+        return json.dumps({"error": why}, ensure_ascii=False)
+
+    def user_turn(self, text):
+        return None
+
+    def grade(self, messages):
+        """messages: what followed the prompt. -> Outcome"""
+        problem, kind = self.problem, self.problem.task.partition("/")[0]
+        text = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+        if kind in toy.TEXT_TASKS + toy.CHAT_TASKS:
+            return toy.grade(problem, text if kind in toy.TEXT_TASKS else messages)
+        if kind == "gsm8k":
+            return gsm8k.grade(text, problem.answer)
+        if kind == "math500":
+            return math500.grade(text, problem.answer)
+        if kind == "humaneval":
+            return humaneval.grade(text, problem.hidden)
+        if kind == "mbpp":
+            return mbpp.grade(text, problem.hidden)
+        if kind == "ifeval":
+            return ifeval.outcome(text, problem.hidden["instruction_id_list"], problem.hidden["kwargs"])
+        if kind == "instructions":
+            return instructions.grade(problem, text)
+        return bfcl.grade_response(text, problem.hidden)
+
+
+def episode_of(problem):
+    """A fresh episode: its state is its own."""
+    return episodes.episode_of(problem) if problem.task.startswith("tools/") else Question(problem)
