@@ -18,7 +18,7 @@ class Config:
 
 
 STAGES = {"base": "base", "mid_r0": "mid, no replay", "mid_r20": "mid, 20 % replay", "sft": "SFT"}
-COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft": "#3a7d44"}
+COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft": "#3a7d44", "round 0": "#edae49", "round 1": "#00798c"}
 
 
 def series(root, stage, key):
@@ -45,18 +45,18 @@ def interval_bars(ax, results, tasks, names):
         rs = [next(r for r in results[name] if r["task"] == t) for t in tasks]
         x = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(tasks))]
         errors = [[r["value"] - r["low"] for r in rs], [r["high"] - r["value"] for r in rs]]
-        ax.bar(x, [r["value"] for r in rs], 0.8 / len(names), yerr=errors, label=STAGES[name], color=COLORS[name], capsize=2,
+        ax.bar(x, [r["value"] for r in rs], 0.8 / len(names), yerr=errors, label=STAGES.get(name, name), color=COLORS[name], capsize=2,
                error_kw=dict(lw=0.8))
-    ax.set_xticks(range(len(tasks)), [t.replace("@test_template", "\nnew wording") for t in tasks])
+    ax.set_xticks(range(len(tasks)), [t.replace("@test_template", "\nnew wording").replace("@test_schema", "\nnew names") for t in tasks])
     ax.set_ylim(0, 1.05)
 
 
-def picture(root, mid, sft, path):
+def picture(root, mid, sft, rounds, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 3, figsize=(15, 8.5))
-    (loss, forgetting, retention), (text, by_source, tasks) = axes
+    fig, axes = plt.subplots(2, 4, figsize=(20, 8.5))
+    (loss, forgetting, retention, success), (text, by_source, tasks, by_level) = axes
 
     start = 0
     for stage in ("base", "mid_r0", "mid_r20"):
@@ -94,6 +94,15 @@ def picture(root, mid, sft, path):
         by_source.plot(steps, smooth(values), label=key.removeprefix("train/loss_"))
     by_source.set(title="SFT: loss by source", xlabel="step", ylabel="nats per token (smoothed)", yscale="log")
 
+    results = {f"round {row['round']}": row["results"] for row in rounds}
+    interval_bars(success, results, [r["task"] for r in rounds[0]["results"]], list(results))
+    success.set(title="Rejection sampling: success by round", ylabel="share right, 95 % interval")
+    for i, (name, rs) in enumerate(results.items()):
+        levels = rs[0]["levels"]
+        by_level.bar([j + 0.4 * i for j in range(len(levels))], levels.values(), 0.36, label=name, color=COLORS[name])
+    by_level.set_xticks([j + 0.2 * (len(results) - 1) for j in range(len(levels))], [f"level {level}" for level in levels])
+    by_level.set(title=f"{rounds[0]['results'][0]['task']}: success by level", ylabel="share right", ylim=(0, 1.05))
+
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
@@ -112,6 +121,26 @@ def samples(results, name, num=2):
     return "\n".join(["| task | prompt | answer | |", "|---|---|---|---|", *lines])
 
 
+def rounds_table(rounds):
+    names = [r["task"] for r in rounds[0]["results"]]
+    levels = list(rounds[0]["results"][0]["levels"])
+    lines = [f"| round | {' | '.join(names)} | {' | '.join(f'level {level}' for level in levels)} |", "|---" * (1 + len(names) + len(levels)) + "|"]
+    for row in rounds:
+        cells = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in row["results"]]
+        cells += [f"{row['results'][0]['levels'][level]:.2f}" for level in levels]
+        lines.append(f"| {row['round']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kept_table(rounds):
+    lines = ["| sampled by round | answers | right | problems solved | kept | left out |", "|---|---|---|---|---|---|"]
+    for row in rounds:
+        if pool := row.get("pool"):
+            reasons = ", ".join(f"{number} {reason}" for reason, number in pool["reasons"].items() if reason != "kept")
+            lines.append(f"| {row['round']} | {pool['num_sampled']} | {pool['pool_mean']:.3f} | {pool['pool_pass']:.3f} | {pool['kept']} | {reasons} |")
+    return "\n".join(lines)
+
+
 def cell(text):
     text = text.replace("|", "\\|").replace("\n", " ⏎ ")
     return f"`{text[:110]}{'…' if len(text) > 110 else ''}`"
@@ -121,7 +150,8 @@ def main(cfg):
     root = Path(cfg.root)
     mid, math, rest = (short(json.loads((root / folder / "eval.json").read_text())) for folder in ("eval_mid", "eval_math", "eval_rest"))
     sft = {name: math[name] + rest[name] for name in math}
-    picture(root, mid, sft, root / "report.png")
+    rounds = json.loads((root / "rounds" / "rounds.json").read_text())
+    picture(root, mid, sft, rounds, root / "report.png")
     runs = [f"| {STAGES[s]} | {len(series(root, s, 'train/loss')[0])} | {series(root, s, 'train/tokens')[1][-1]:,} | "
             f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in STAGES]
     text = f"""# Quickstart report
@@ -150,6 +180,17 @@ share of right calls alone.
 
 {samples(mid, "mid_r20")}
 
+## Rejection sampling
+
+From a few demonstrations: the model answers new problems, calls are executed, right answers join the demonstrations, and it is trained again from where
+it was before. Here the calculator has another name in every prompt.
+
+{rounds_table(rounds)}
+
+{kept_table(rounds)}
+
+Every answer with the reason why it was kept or not: `{root}/rounds/round_0/rollouts.jsonl`
+
 ## Runs
 
 | stage | steps | trained tokens | seconds of training |
@@ -159,7 +200,7 @@ share of right calls alone.
 Talk to the model: `.venv/bin/python chat.py --init={root}/sft`
 """
     write_atomically(root / "report.md", text)
-    print(evaluation.table(mid) + "\n\n" + evaluation.table(sft))
+    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds)]))
     print(json.dumps(dict(report=str(root / "report.md"), picture=str(root / "report.png"))))
 
 

@@ -253,21 +253,18 @@ def _tool_request(draw, split):
     return text, calls, results, results[-1] if results else "No tool.", answer, hidden
 
 
+# schema: the calculator under other names, which stand before the story. Every name and every parameter is trained on, a quarter of their pairs is not.
+_SCHEMA_NAMES, _SCHEMA_PARAMETERS = ("calculator", "compute", "solve", "math"), ("expression", "formula", "text", "sum")
+_SCHEMAS = [[], []]  # for training, held out
+for (_i, _name), (_j, _parameter) in product(enumerate(_SCHEMA_NAMES), enumerate(_SCHEMA_PARAMETERS)):
+    _SCHEMAS[(_i + _j) % 4 == 0].append((_name, _parameter))
+
+
 def _schema_request(draw, split):
-    """As _tool_request, of two tools whose names and argument are made up and stand in the request: 'mip(dok) reads, lan(bot) adds. Read pen.'"""
-    words = []
-    while len(words) < 4:
-        if (word := draw.pick(_KEYS[split == "test_schema"])) not in words:
-            words.append(word)
-    (reader, adder), key, (a, b) = (words[:2], words[2:]), draw.pick(_KEYS[split != "train"]), draw.pick(_LARGE_PAIRS[split != "train"])
-    told = [f"{reader[0]}({reader[1]}) reads", f"{adder[0]}({adder[1]}) adds"]
-    kind, value, opening = draw.below(2), str(2 + draw.below(98)), "Now " if split == "test_template" else draw.pick(("", "So "))
-    name, argument, value = (reader[0], key, value) if kind == 0 else (adder[0], f"{a}+{b}", str(a + b))
-    request = f"read {key}." if kind == 0 else f"add {a} and {b}."
-    request = opening + request if opening else request[0].upper() + request[1:]
-    text = f"{', '.join(told if draw.below(2) else told[::-1])}. {request}"
-    hidden = {"store": {key: value} if kind == 0 else {}, "names": {reader[0]: ("get", reader[1]), adder[0]: ("calculator", adder[1])}, "level": kind + 1}
-    return text, [{"name": name, "arguments": {(reader, adder)[kind][1]: argument}}], [value], value, value, hidden
+    """('solve(text): Tom has 12 pens ...', '12+3*4', '24', ('solve', 'text'))"""
+    schema = draw.pick(_SCHEMAS[split == "test_schema"])
+    story, expression, value = _story("en", draw, split)
+    return f"{schema[0]}({schema[1]}): {story}", expression, value, schema
 
 
 def _play(problem, calls):
@@ -277,13 +274,11 @@ def _play(problem, calls):
     for call in calls:
         name, arguments = call["name"], call["arguments"]
         try:
-            if "names" in problem.hidden:  # made-up names: to those of the tools behind them
-                if name not in problem.hidden["names"]:
-                    raise ValueError(f"no tool named {name}")
-                name, argument = problem.hidden["names"][name]
-                if not isinstance(arguments, dict) or list(arguments) != [argument]:
-                    raise ValueError(f"{call['name']} takes {argument}")
-                arguments = dict(zip(_ARGUMENTS[name], arguments.values()))
+            if problem.task == "schema":  # its own names, to those of the calculator
+                known, parameter = problem.hidden["schema"]
+                if name != known or not isinstance(arguments, dict) or list(arguments) != [parameter]:
+                    raise ValueError(f"the tool is {known}({parameter})")
+                name, arguments = "calculator", {"expression": arguments[parameter]}
             elif name not in [tool["function"]["name"] for tool in tools_of(problem.task)]:
                 raise ValueError(f"no tool named {name}")
             if (not isinstance(arguments, dict) or sorted(arguments) != sorted(_ARGUMENTS[name])
@@ -400,7 +395,9 @@ def item(task: str, split: str, seed: int, index: int) -> Problem:
     elif family == "tool":
         prompt, calls, results, final, answer, hidden = _tool_request(draw, split)
     elif family == "schema":
-        prompt, calls, results, final, answer, hidden = _schema_request(draw, split)
+        prompt, expression, final, (name, parameter) = _schema_request(draw, split)
+        calls, results, answer = [{"name": name, "arguments": {parameter: expression}}], [final], final
+        hidden = {"schema": (name, parameter), "level": 1 + ("-+", "+*", "*-", "*(+)").index(re.sub("[0-9]", "", expression))}
     elif family == "code":
         prompt, final = _code(draw, split)
         answer = final
@@ -434,8 +431,8 @@ def conversations(task: str, split: str = "train", seed: int = 0, num: int | Non
         raise ValueError(f"toy: expected a chat task ({', '.join(CHAT_TASKS)}), found {task!r}")
     for index in islice(count(), num):
         problem = item(task, split, seed, index)
-        record = {"messages": problem.prompt + problem.gold, "bucket": task.partition("_")[0]}
-        yield {**record, "tools": tools_of(task)} if tools and tools_of(task) else record
+        record = {"messages": problem.prompt + problem.gold, "bucket": "tool" if task == "schema" else task.partition("_")[0]}
+        yield {**record, "tools": _announced(problem)} if tools and tools_of(task) else record
 
 
 def problems(task: str, split: str = "test", seed: int = 0, num: int = 300, tools: bool = False) -> list[Problem]:
@@ -448,14 +445,20 @@ def problems(task: str, split: str = "test", seed: int = 0, num: int = 300, tool
         if len(found) == num:
             break
         problem = item(task, split, seed, index)
-        problem = replace(problem, tools=tools_of(task)) if tools and tools_of(task) else problem
+        problem = replace(problem, tools=_announced(problem)) if tools and tools_of(task) else problem
         found.setdefault(problem.prompt if task in TEXT_TASKS else problem.prompt[0]["content"], problem)
     return list(found.values())
 
 
 def tools_of(task: str) -> list[dict]:
     """Schemas of the tools that work in a task; empty if none does."""
-    return _TOOLS if task in ("tool", "schema") else [calculator.TOOL] if task in ("math_en", "math_ko", "gsm8k") else []
+    return _TOOLS if task == "tool" else [calculator.TOOL] if task in ("math_en", "math_ko", "schema", "gsm8k") else []
+
+
+def _announced(problem):
+    """Schemas as the prompt may list them."""
+    return [_tool(problem.hidden["schema"][0], "Evaluates an arithmetic expression exactly.", problem.hidden["schema"][1])] \
+        if problem.task == "schema" else tools_of(problem.task)
 
 
 def execute(problem: Problem, calls: list[dict]) -> list[str]:
@@ -522,13 +525,19 @@ def grade_answer(problem: Problem, response: str | list[dict]) -> Outcome:
         return _grade_chat(problem, text)
     if problem.task in ("facts_en", "facts_ko"):
         return Outcome.RIGHT if text.split(None, 1)[0].strip(".,") == problem.answer else Outcome.WRONG
-    if problem.task in ("reasoning", "reasoning_varied"):  # the first expression's value: a model this small cannot multiply, the calculator can
+    if problem.task == "reasoning":  # the value of what stands before "=": a model this small cannot multiply, the calculator can
+        try:
+            same = calculator.calculate(text.strip().partition("\n")[0].partition("=")[0]) == problem.answer
+        except calculator.CalculatorError:
+            return Outcome.UNGRADABLE
+        return Outcome.RIGHT if same else Outcome.WRONG
+    if problem.task == "reasoning_varied":  # the value of the first expression
         expression = re.search(r"[(0-9][-+*()0-9]*[-+*][-+*()0-9]*", text[:256])
         try:
             same = expression is not None and calculator.calculate(expression[0]) == problem.answer
-            return Outcome.RIGHT if same else Outcome.WRONG if expression else Outcome.UNGRADABLE
         except calculator.CalculatorError:
             return Outcome.UNGRADABLE
+        return Outcome.RIGHT if same else Outcome.WRONG if expression else Outcome.UNGRADABLE
     if problem.task == "sums":  # '136', or '17*8=136', where both sides must be right
         expression, equals, text = text.strip().partition("\n")[0].rpartition("=")
         try:

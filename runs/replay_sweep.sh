@@ -1,43 +1,21 @@
 #!/usr/bin/env bash
 # How much replay is enough? Mid-training on English reasoning from one base per seed, the same new documents in every arm, r = 0 to .20.
 # Then SFT from the base, and in half the steps from a model mid-trained with r = .20. Tables in out/replay_sweep/. Two processes at a time;
-# about 35 minutes on 2 cores for 3 seeds. Finished runs are kept, so that the script can be started again.
+# about an hour on 2 cores for 3 seeds. Finished runs are kept, so that the script can be started again.
 #     bash runs/replay_sweep.sh                      SEEDS="0 1 2" NEW_TOKENS=800000 bash runs/replay_sweep.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1 WANDB_MODE=disabled
-if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
-SEEDS=${SEEDS:-"0 1 2"} NEW_TOKENS=${NEW_TOKENS:-500000} VARIED_TOKENS=${VARIED_TOKENS:-1800000} SFT_STEPS=${SFT_STEPS:-260}
+SEEDS=${SEEDS:-"0 1 2"} NEW_TOKENS=${NEW_TOKENS:-500000} SFT_STEPS=${SFT_STEPS:-260}
 root=out/replay_sweep
 mkdir -p $root
-shape="--seq_len=384 --device_batch_size=8 --total_batch_size=3072 --eval_every=0"
-old=toy/facts_en,toy/facts_ko,toy/text_en,toy/text_ko,stdlib
-oldmix=facts_en:.35,facts_ko:.3,text_en:.05,text_ko:.05,stdlib:.25                  # of the replayed tokens
-sft="--decay_share=.3 --data=toy --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07"
+source runs/jobs.sh
+sft="$shape --decay_share=.3 --data=toy --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07"
 
-# train NAME FLAGS... : skipped when it has finished; its output goes to a file
-train() {
-    local name=$1; shift
-    if ! tail -n 1 "$root/$name.log" 2>/dev/null | grep -q '"checkpoint"'; then
-        python train_sft.py --name=replay_sweep/$name --overwrite $shape "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
-    fi
-    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-110)"
-}
-# two at a time: starts a job when fewer than two are running
-spawn() { while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done; "$@" & }
-join() { while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done; }
-
-for seed in $SEEDS; do
-    spawn train base_s$seed --seed=$seed --data=$old --mix=facts_en:.2,facts_ko:.2,text_en:.1,text_ko:.1,stdlib:.4 --num_steps=150
-done
+for seed in $SEEDS; do spawn base $seed; done
 join
-mid() { train mid_r$1_s$2 --seed=$2 --init=$root/base_s$2 --data=toy/reasoning --replay_data=$old --replay=$1 --mix=$oldmix --new_tokens=$NEW_TOKENS; }
+mid() { train mid_r$1_s$2 $shape --seed=$2 --init=$root/base_s$2 --data=toy/reasoning --replay_data=$old --replay=$1 --mix=$oldmix --new_tokens=$NEW_TOKENS; }
 for seed in $SEEDS; do for r in .20 .05 .01 0; do spawn mid $r $seed; done; done
-# for SFT: longer, and in varied wordings (see data/toy.py)
-for seed in $SEEDS; do
-    spawn train mid_varied_s$seed --seed=$seed --init=$root/base_s$seed --data=toy/reasoning_varied --replay_data=$old --replay=.20 --mix=$oldmix \
-        --new_tokens=$VARIED_TOKENS
-done
+for seed in $SEEDS; do spawn mid_varied $seed; done
 join
 for seed in $SEEDS; do
     spawn train sft_mid_s$seed --seed=$seed --init=$root/mid_varied_s$seed $sft --num_steps=$((SFT_STEPS / 2))

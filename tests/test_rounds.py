@@ -127,16 +127,16 @@ FAILING = """
 import time
 import train_sft
 from common import parse_config, setup_distributed
-from data import toy
+from data import tasks
 rank = setup_distributed()[0]
-def execute(problem, calls):
-    if rank == 1:
-        time.sleep(1000 if len(problem.prompt[0]["content"]) % 2 else 0)
-        raise OSError("no tools here")
-    return ["7"] * len(calls)
-toy.execute = execute
-cfg = parse_config(train_sft.Config)
-train_sft.main(cfg)
+step = tasks.Question.step
+def failing(episode, calls):
+    if rank == 0:
+        return step(episode, calls)
+    time.sleep(1000 if len(episode.problem.prompt[0]["content"]) % 2 else 0)
+    raise OSError("no tools here")
+tasks.Question.step = failing
+train_sft.main(parse_config(train_sft.Config))
 """
 
 

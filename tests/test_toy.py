@@ -117,7 +117,7 @@ def test_facts():
 
 
 def test_sizes():
-    """Korean stories keep to 24 syllables; all but two-call conversations fit a row of 176 tokens, and those one of 208."""
+    """Korean stories keep to 24 syllables; all but two-call conversations and those of schema fit a row of 176 tokens, and those one of 208."""
     for task, split in SPLITS:
         for i in range(1000):
             problem = toy.item(task, split, 0, i)
@@ -126,7 +126,7 @@ def test_sizes():
             else:
                 length = len(TOKENIZER.render(problem.prompt + problem.gold)[0])
                 room = length - len(TOKENIZER.render_prompt(problem.prompt))
-            assert length <= (176 if len(problem.gold) <= 3 or isinstance(problem.gold, str) else 208)
+            assert length <= (176 if task != "schema" and (len(problem.gold) <= 3 or isinstance(problem.gold, str)) else 208)
             assert room < toy.MAX_NEW_TOKENS[task]
             if task == "math_ko":
                 assert len(re.findall("[가-힣]", prompt_text(problem))) <= 24
@@ -135,7 +135,7 @@ def test_sizes():
 def test_conversations_and_documents():
     for task in toy.CHAT_TASKS:
         for record in toy.conversations(task, num=50):
-            assert set(record) == {"messages", "bucket"} and record["bucket"] == task.split("_")[0]
+            assert set(record) == {"messages", "bucket"} and record["bucket"] == {"schema": "tool"}.get(task, task.split("_")[0])
             ids, mask = TOKENIZER.render(record["messages"])
             supervised = TOKENIZER.decode([i for i, m in zip(ids, mask) if m])
             assert supervised.endswith(record["messages"][-1]["content"] + "<|im_end|>") and supervised.count("<|im_end|>") == sum(
@@ -145,7 +145,10 @@ def test_conversations_and_documents():
     assert "# Tools" in TOKENIZER.decode(TOKENIZER.render(record["messages"], record["tools"])[0])
     for task, split in SPLITS:  # golds obey the schemas
         for problem in toy.problems(task, split, num=50, tools=True):
-            assert problem.tools == (toy.tools_of(task) or None)
+            if task == "schema":
+                assert [tool["function"]["name"] for tool in problem.tools] == [problem.hidden["schema"][0]]
+            else:
+                assert problem.tools == (toy.tools_of(task) or None)
             for message in problem.gold if isinstance(problem.gold, list) else ():
                 if message.get("tool_calls"):
                     text = TOKENIZER.decode(TOKENIZER.render([*problem.prompt, message])[0]).split("assistant\n")[1].removesuffix("<|im_end|>\n")
@@ -267,6 +270,35 @@ def test_text_answers():
                           (f" {expression}+1={value}", WRONG), (f" {expression} pens", UNGRADABLE), (" =", UNGRADABLE),
                           (f" 1/0={value}", UNGRADABLE), (f" so {expression}", UNGRADABLE)):
         assert toy.grade(story, text) == outcome, text
+
+
+def test_varied_reasoning_is_graded_by_its_first_expression():
+    for story in toy.problems("reasoning_varied", num=40):
+        expression = re.search(r"[0-9(][-+*()0-9]+", story.gold)[0]
+        for text, outcome in ((story.gold, RIGHT), (f" One call: {expression} gives 1.", RIGHT), (f" It is {expression}+1, so {story.answer}.", WRONG),
+                              (f" {story.answer}", UNGRADABLE), (" 1+(2", UNGRADABLE), ("", UNGRADABLE)):
+            assert toy.grade(story, text) == outcome, text
+
+
+def test_schema_takes_the_names_of_its_prompt():
+    """The calculator under its usual name, or under half of the new one, is an error that the model can read; the right names are right."""
+    problem = toy.problems("schema", "test_schema", num=1)[0]
+    name, parameter = problem.hidden["schema"]
+    assert problem.prompt[0]["content"].startswith(f"{name}({parameter}): ")
+    expression = problem.gold[0]["tool_calls"][0]["arguments"][parameter]
+    other = "formula" if parameter != "formula" else "text"
+    call = lambda name, arguments: [{"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]},
+                                    {"role": "tool", "content": problem.answer}, {"role": "assistant", "content": problem.answer}]
+    assert toy.grade(problem, call(name, {parameter: expression})) == RIGHT
+    for wrong in ((name + "x", {parameter: expression}), (name, {other: expression}), (name, {}), (name, {parameter: expression, other: "1"}),
+                  (name, {parameter: 5}), (name, None)):
+        assert toy.grade(problem, call(*wrong)) == UNGRADABLE
+        assert "error" in toy.execute(problem, call(*wrong)[0]["tool_calls"])[0]
+    assert toy.grade(problem, call(name, {parameter: expression + "+1"})) == WRONG
+    trained = {p.hidden["schema"] for p in toy.problems("schema", "train")}
+    held_out = {p.hidden["schema"] for p in toy.problems("schema", "test_schema")}
+    assert len(trained) == 12 and len(held_out) == 4 and not trained & held_out
+    assert {n for n, _ in trained} == {n for n, _ in held_out} and {a for _, a in trained} == {a for _, a in held_out}
 
 
 def test_stories_say_what_their_expressions_compute():
@@ -462,10 +494,12 @@ PINNED = [
     ' | 하나는 빨간 모자를 팔고 미나는 빨간 펜을 본다.',
     '15*19= | 285',
     'Eva has 19 bags of 6 dice and loses 5. How many dice? |  19*6-5=109, so 109.',
+    'Ben has 4 bags of 9 red and 5 blue keys. How many keys? |  4*(9+5)=56, so 56.',
     'Ben has 16 dice and buys 8 bags of 6 dice. How many dice? | 64',
     '하나 단추 2개씩 8상자, 8개 팔림. 몇 개? | 8',
     'Write f(xs): sorted negatives of positive xs. | def f(xs):\n return sorted(-x for x in xs if x>0)',
     'Now find kos. | nas',
     'Name 2 clothes. Add a title. Quote it. | "<<Clothes>>\nshirt, sock"',
     '색깔 3개 말해. 제목 붙여. 따옴표로. | "<<색깔>>\n빨강, 파랑, 초록"',
+    'solve(sum): Sam had 18 cans of 8 pens and sold 7. How many pens? | 137',
 ]
