@@ -345,7 +345,7 @@ def select(cfg, files, tokenizer, problems, folder, rank):
     documents = {}
     for problem, r in kept:
         prompt = tokenizer.render_prompt(problem.prompt, problem.tools)
-        documents.setdefault(problem.task.replace("/", "_"), []).append((prompt + r["ids"], [0] * len(prompt) + r["mask"]))
+        documents.setdefault(problem.task.partition("/")[0], []).append((prompt + r["ids"], [0] * len(prompt) + r["mask"]))
     reasons = [r["reason"] for r in rollouts]
     right = sum(r["outcome"] == Outcome.RIGHT for r in rollouts)
     return documents, dict(pool_mean=right / len(rollouts), pool_pass=solved / len(problems), kept=len(kept), num_sampled=len(rollouts),
@@ -356,21 +356,22 @@ def select(cfg, files, tokenizer, problems, folder, rank):
 
 
 def round_sources(cfg, tokenizer, kept, folder, rank):
-    """Demonstrations and kept answers, an answer in the source of its task's name, as token files in folder/data."""
+    """Demonstrations and kept answers as token files in folder/data; an answer joins the source of its task's name, else that of its bucket."""
     demos = open_sources(cfg.data, tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long, num=cfg.num_demos or None)
 
     def chunks():
         for name, source in demos.items():
             for ids, mask in map(source.piece, range(len(source))):
                 yield Chunk(name, "train", ids, mask if source.kind == "chat" else None)
-        for name, documents in kept.items():
-            yield from (Chunk(name, "train", ids, mask) for ids, mask in documents)
+        for task, documents in kept.items():
+            yield from (Chunk(task if task in demos else tasks.bucket(task), "train", ids, mask) for ids, mask in documents)
 
     with checkpoint.together():
         if rank == 0:
             shutil.rmtree(folder / "data", ignore_errors=True)
             write_sources(folder / "data", tokenizer, chunks())
-    return {name: TokenFile(folder / "data" / name, seq_len=cfg.seq_len, long="drop") for name in demos | kept}
+    names = dict.fromkeys([*demos, *(task if task in demos else tasks.bucket(task) for task in kept)])
+    return {name: TokenFile(folder / "data" / name, seq_len=cfg.seq_len, long="drop") for name in names}
 
 
 def rejection_sampling(cfg):
@@ -380,6 +381,11 @@ def rejection_sampling(cfg):
     root, names = Path("out") / cfg.name, cfg.eval_tasks.split(",")
     if not cfg.eval_tasks:
         raise ValueError("--rounds needs --eval_tasks: without them nobody would see whether a round helped")
+    shared = [item.rpartition(":")[0] for item in cfg.mix.split(",")]
+    for task in cfg.pool.split(",") if cfg.mix else []:
+        kind = task.partition("@")[0].partition("/")[0]
+        if kind not in shared and tasks.bucket(kind) not in shared:
+            raise ValueError(f"--mix={cfg.mix}: no share for what --pool={task} will give, expected a source named {kind} or {tasks.bucket(kind)}")
     if cfg.sandbox != "auto":                                        # auto is chosen when the first program runs
         sandbox.choose(cfg.sandbox)
     old = [] if cfg.resume else list(root.glob("round_*"))

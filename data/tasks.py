@@ -70,6 +70,14 @@ def more_scores(task, problems, messages, outcomes):
     return {name: value if isinstance(value, dict) else float(value) for name, value in scores.items()}
 
 
+def bucket(task):
+    """chat, math, code or tool: what training on the task is counted as."""
+    kind = task.partition("/")[0]
+    others = dict(gsm8k="math", math500="math", humaneval="code", mbpp="code", ifeval="chat", instructions="chat", tools="tool", bfcl="tool",
+                  schema="tool")
+    return others.get(kind) or kind.partition("_")[0]
+
+
 # -----------------------------------------------------------------------------
 # Episodes
 

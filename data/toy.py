@@ -12,10 +12,12 @@ Chat tasks, for SFT, rejection sampling and RL
     code       Write f(xs): largest of squares of even xs. -> two lines of Python
     tool       Copy pen to box. -> get, set, ok             Call Pen. -> no call
     chat_en    Name 3 fruits. ALL CAPS. Add a title.                                         chat_ko   Korean twins
+    schema     solve(text): Tom has 12 pens ... -> solve {"text": "12+3*4"} -> 24 -> 24: the calculator under names that the prompt gives
 
 Every item is a pure function of (task, split, seed, index). Facts, held-out sets and hidden tests do not depend on the
 seed. Splits: "train"; "test": numbers, keys or combinations that are in no training item of any seed, in wording that
-is; "test_template" (reasoning, math, tool, chat): wording, or pairs of constraints, that are in no training item.
+is; "test_template" (reasoning, math, tool, schema, chat): wording, or pairs of constraints, that are in no training item;
+"test_schema" (schema): pairs of names that are in none.
 """
 import hashlib
 import json

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 import rollouts
-from data import toy
+from data import episodes, toy
 from data.grading import Outcome, Problem
 from engine import Rollout, generate
 from model import Transformer, config_for_size
@@ -188,3 +188,59 @@ def test_overlap_of_pool_and_test_is_refused():
 
 def test_no_problems():
     assert rollouts.play(None, TOKENIZER, []) == []
+
+
+# -----------------------------------------------------------------------------
+# Episodes of the tool environment
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4, 5, 6])
+def test_a_gold_episode_is_right_and_its_tokens_are_the_renderer_s(level, monkeypatch):
+    """Gold turns as a model would have sampled them, through the parser, the tools and the scripted user: right, and token for token the
+    conversation that the renderer writes; tool results and the user's turns carry mask 0."""
+    problems = [p for p in episodes.problems(level, num=12, families=[f for f in episodes.FAMILIES if f != "python"])]
+    turns = {}
+    for i, problem in enumerate(problems):
+        turns[i] = []
+        for message in problem.gold:
+            if message["role"] == "assistant":
+                parts = [message["content"]] if message["content"] else []
+                for call in message.get("tool_calls", []):
+                    parts += ["\n"] if parts else []
+                    parts += [Tag("<tool_call>"), "\n" + json.dumps(call, ensure_ascii=False) + "\n", Tag("</tool_call>")]
+                turns[i].append(parts)
+    monkeypatch.setattr(rollouts, "generate", Scripted(turns))
+    played = [group[0] for group in rollouts.play(None, TOKENIZER, problems)]
+    assert [str(p.outcome) for p in played] == ["right"] * len(problems)
+    assert level != 5 or any(m["role"] == "user" for p in played for m in p.messages)
+    for problem, p in zip(problems, played):
+        prompt = TOKENIZER.render_prompt(problem.prompt, problem.tools)
+        ids, mask = TOKENIZER.render(problem.prompt + problem.gold, problem.tools)
+        assert prompt + p.rollout.ids == ids[:-1] and [0] * len(prompt) + p.rollout.mask == mask[:-1]      # but for the newline at the end
+
+
+def test_calls_that_a_model_may_write_are_answered_and_never_right(monkeypatch):
+    """Unknown name, missing, extra and ill-typed arguments, broken JSON, no JSON, a call inside a call: an error to the model, no reward."""
+    problems = episodes.problems(1, num=1, families=["kv"]) * 8
+    name, parameters = (problems[0].tools[0]["function"][key] for key in ("name", "parameters"))
+    good = {parameter: "x" for parameter in parameters["required"]}
+    bodies = [{"name": "nothing", "arguments": {}}, {"name": name, "arguments": {}}, {"name": name, "arguments": good | {"more": 1}},
+              {"name": name, "arguments": dict.fromkeys(good, [5])}, {"name": name, "arguments": "x"}, {"name": name}]
+    texts = [json.dumps(body) for body in bodies] + ['{"name": ', "\x00\ufffd" * 2000]
+    monkeypatch.setattr(rollouts, "generate", Scripted({i: [[Tag("<tool_call>"), f"\n{text}\n", Tag("</tool_call>")], ["Answer: 1"]]
+                                                        for i, text in enumerate(texts)}))
+    for played in rollouts.play(None, TOKENIZER, problems):
+        assert [m["role"] for m in played[0].messages] == ["assistant", "tool", "assistant"] and played[0].outcome == Outcome.WRONG
+        assert "error" in json.loads(played[0].messages[1]["content"])
+
+
+def test_a_tool_that_raises_is_an_answer_too(monkeypatch, caplog):
+    problem = toy.problems("math_en", num=1)[0]
+
+    def broken(episode, calls):
+        raise RuntimeError("no such luck")
+    monkeypatch.setattr("data.tasks.Question.step", broken)
+    monkeypatch.setattr(rollouts, "generate", Scripted({0: [call("1+1"), [problem.answer]]}))
+    (played,), = rollouts.play(None, TOKENIZER, [problem])
+    assert played.messages[1] == {"role": "tool", "content": '{"error": "the tool failed"}'} and played.outcome != Outcome.RIGHT
+    assert "no such luck" in caplog.text

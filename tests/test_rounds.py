@@ -143,17 +143,30 @@ train_sft.main(parse_config(train_sft.Config))
 def test_two_ranks_finish_when_the_tools_of_one_fail(cache):                 # noqa: F811
     """Rank 1's calls hang or raise: its rollouts end unfinished or go on with an error, and the round finishes."""
     Path("failing.py").write_text(FAILING)
-    settings = ROUNDS | dict(num_steps=60, num_prompts=70, num_samples=1, device_batch_size=4, tool_timeout=0.5, muon_lr=0.02, temperature=1.0)
+    settings = ROUNDS | dict(num_steps=100, num_prompts=84, num_samples=1, device_batch_size=4, tool_timeout=0.5, muon_lr=0.02, temperature=1.0)
     out = run("failing.py", *flags(name="two", cache=cache, **settings), ranks=2)
     rollouts = lines(Path("out/two/round_0/rollouts.jsonl"))
-    assert [r["problem"] for r in rollouts] == list(range(70)) and json.loads(out.strip().splitlines()[-1])["rounds"] == 1
+    assert [r["problem"] for r in rollouts] == list(range(84)) and json.loads(out.strip().splitlines()[-1])["rounds"] == 1
     theirs = [r for r in rollouts if r["problem"] >= 64]                     # the second file, rank 1's
     results = [m["content"] for r in theirs for m in r["messages"] if m["role"] == "tool"]
-    assert all("the tool failed" in result or "error" in result for result in results) and not any(r["outcome"] == "right" for r in theirs)
+    assert all("error" in result for result in results) and not any(r["outcome"] == "right" for r in theirs)
+    assert any("the tool failed" in result for result in results) and any(r["finish_reason"] == "tool_timeout" for r in theirs), "no calls: nothing proven"
 
 
 @pytest.mark.parametrize("settings, message", [(dict(eval_tasks=""), "--rounds needs --eval_tasks"), (dict(pool="math_em"), "did you mean math_en"),
-                                               (dict(pool="math_en@test"), "overlap")])
+                                               (dict(pool="math_en@test"), "overlap"),
+                                               (dict(pool="instructions", mix="math_en:1"), "a source named instructions or chat")])
 def test_wrong_settings(settings, message, cache):                           # noqa: F811
     with pytest.raises(ValueError, match=message):
         train_sft.main(Config(name="wrong", cache=cache, **ROUNDS | settings))
+
+
+def test_kept_answers_join_their_source_or_their_bucket(cache):              # noqa: F811
+    """Answers to math_en join the demonstrations of math_en; with demonstrations in a bucket called math, those; with neither, a new source."""
+    tokenizer, kept = Tokenizer.bytes(), {"math_en": [([1, 2, 3], [0, 1, 1])] * 5}
+    record = next(toy.conversations("math_en", num=1))
+    Path("mine.jsonl").write_text("".join(json.dumps(record | dict(bucket="math")) + "\n" for _ in range(3)))
+    for data, names, size in (("toy/math_en", ["math_en"], 9), ("mine.jsonl", ["math"], 8), ("toy/code", ["code", "math"], 5)):
+        cfg = Config(name="x", cache=cache, **ROUNDS | dict(data=data, num_demos=4))
+        sources = train_sft.round_sources(cfg, tokenizer, kept, Path("round"), 0)
+        assert list(sources) == names and len(sources[names[-1]]) == size
