@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_module
 from model import (SIZES, ModelConfig, Muon, RMSNorm, RopeScaling, ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size,
                    flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rotate)
 
@@ -410,3 +411,23 @@ def test_it_learns():
                 optimizer.step()
                 optimizer.zero_grad()
         assert first == pytest.approx(math.log(48), rel=0.02) and loss_of(model, ids).item() < 0.3
+
+
+def test_attention_by_document_is_attention_under_the_mask(monkeypatch):
+    """Both ways to keep documents apart: hidden states and gradients agree in float64, with grouped heads, one-token documents and filler."""
+    model, ids = random_model(TINY).double(), random_ids(2, 12)
+    model.compute_dtype = torch.float64
+    doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3], [0] * 7 + [1] * 5])
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 2], [*range(7), *range(5)]])
+    assert model_module.document_lengths(doc_ids) == [3, 1, 5, 3, 7, 5]
+    found = []
+    for min_length in (1, 1000):
+        monkeypatch.setattr(model_module, "MIN_LENGTH", min_length)
+        model.zero_grad()
+        hidden = model(ids, positions, doc_ids)
+        hidden.pow(3).sum().backward()
+        found.append([hidden.detach()] + [p.grad.clone() for p in model.model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    alone = model(ids[:1, 4:9])[0]
+    torch.testing.assert_close(found[0][0][0, 4:9], alone.detach(), rtol=1e-10, atol=1e-10)

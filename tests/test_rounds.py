@@ -170,3 +170,17 @@ def test_kept_answers_join_their_source_or_their_bucket(cache):              # n
         cfg = Config(name="x", cache=cache, **ROUNDS | dict(data=data, num_demos=4))
         sources = train_sft.round_sources(cfg, tokenizer, kept, Path("round"), 0)
         assert list(sources) == names and len(sources[names[-1]]) == size
+
+
+def test_only_answers_that_keep_all_constraints_are_kept(monkeypatch):
+    """IFEval-style synthesis: two answers to each composed request, one written to its constraints, one with a comma-ridden, untitled remark."""
+    import rollouts
+    from data import tasks
+    from test_instructions import write
+    from test_rollouts import TOKENIZER, Scripted
+    problems = tasks.problems("instructions@train", 30)
+    for text_of, reason in ((write, "kept"), (lambda hidden: "Well, yes, no, so, it, is.", "wrong")):
+        monkeypatch.setattr(rollouts, "generate", Scripted({i: [[text_of(p.hidden)]] for i, p in enumerate(problems)}))
+        played = [group[0] for group in rollouts.play(None, TOKENIZER, problems)]
+        found = Counter(choose([(p.rollout.finish_reason, p.outcome, p.messages)], 0)[0] for p in played)
+        assert found[reason] >= (30 if reason == "kept" else 27), found
