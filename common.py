@@ -6,6 +6,7 @@ import argparse
 import ast
 import atexit
 import dataclasses
+import datetime
 import difflib
 import gc
 import hashlib
@@ -151,7 +152,8 @@ def setup_distributed():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # long, since ranks wait while one evaluates or samples more than the others
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         atexit.register(close_distributed)
     return rank, local_rank, world_size, device
 
@@ -290,7 +292,7 @@ class Logger:
         write_atomically(config_path, json.dumps(config, indent=2) + "\n")
         write_atomically(self.out_dir / "code.patch", code_patch())
         self.metrics = open(metrics_path, "a")
-        if cfg.name != "dummy":
+        if cfg.name.partition("/")[0] != "dummy":
             self.wandb = open_wandb(cfg.name, config, self.out_dir, resume_step is not None)
 
     def log(self, step, **metrics):

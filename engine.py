@@ -243,7 +243,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             if not running:
                 continue
         # refill in batches, not one by one: a prefill call costs as much as a decode step
-        if waiting and len(free) >= num_samples and (not running or len(free) >= max(num_samples, num_slots // 4)):
+        if waiting and len(free) >= num_samples and (not pending or len(free) >= max(num_samples, num_slots // 4)):
             groups = []
             while waiting and len(free) >= num_samples:
                 prompt = waiting.pop()

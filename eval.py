@@ -6,9 +6,9 @@ Every checkpoint sees the same problems, answers them greedily and is graded by 
 Wilson intervals, bits per byte bootstrap intervals over documents, and differences to the first checkpoint are paired bootstraps. An
 answer that cannot be read is not right and stays in the denominator; a grader that failed voids the task's score, it is never a 0.
 
-Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), the toy tasks (<task>, or
-<task>@test_template for held-out phrasings), gsm8k. The toy chat tasks with tools run them: the turn's call is executed and its result is
-appended, token in, token out.
+Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), and those of data/tasks.py: the toy tasks
+(<task>, or <task>@test_template for held-out phrasings), gsm8k, math500, humaneval, mbpp, ifeval, bfcl/<category>, tools/<level>. Where there are
+tools, a turn's calls are executed and their results appended, token in, token out. --num_samples adds pass@k.
 """
 import json
 import math

@@ -5,6 +5,7 @@ people read). Both come from the same turn, at the moment it ends.
 """
 import json
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -36,48 +37,48 @@ def play(model, tokenizer, problems, *, num_samples=1, max_new_tokens=None, temp
     chat = isinstance(problems[0].prompt, list)
     prompts = [tokenizer.render_prompt(p.prompt, p.tools) if chat else tokenizer.encode(p.prompt) for p in problems]
     episodes = [[tasks.episode_of(p) for _ in range(num_samples)] for p in problems]
-    said = [[[] for _ in range(num_samples)] for _ in problems]
-    num_heard = [[0] * num_samples for _ in problems]               # sampled tokens that are in said
+    turns = [[[] for _ in range(num_samples)] for _ in problems]   # of each sample, (sampled tokens, messages): a turn and what answered it
 
     def after_turn(i, sample, ids):
         """Token ids that follow a turn of the assistant: results of its calls, or the user's next message; None: it was the last."""
-        episode, messages = episodes[i][sample], said[i][sample]
+        episode = episodes[i][sample]
         text = tokenizer.decode(ids[:-1])
         if not episode.has_tools:
             return None
         try:
             content, calls = parse_tool_calls(text, problems[i].tools)
         except ToolCallError as error:
-            results = [episode.refuse(str(error))]
-            messages.append(dict(role="assistant", content=text))
+            said, results = dict(role="assistant", content=text), [episode.refuse(str(error))]
         else:
             if not calls:
                 answer = episode.user_turn(content)
                 if answer is None:
                     return None
-                messages += [dict(role="assistant", content=content), dict(role="user", content=answer)]
-                num_heard[i][sample] += len(ids)
+                turns[i][sample].append((len(ids), [dict(role="assistant", content=content), dict(role="user", content=answer)]))
                 return tokenizer.render_user_turn(answer)
             try:
                 results = episode.step(calls)
             except Exception:                       # our fault, and the model's turn all the same: it gets an answer, the log the reason
                 logging.getLogger(__name__).exception("tools of %s failed", problems[i].task)
                 results = ['{"error": "the tool failed"}'] * len(calls)
-            messages.append(dict(role="assistant", content=content, tool_calls=calls))
-        messages += [dict(role="tool", content=result) for result in results]
-        num_heard[i][sample] += len(ids)
+            said = dict(role="assistant", content=content, tool_calls=calls)
+        turns[i][sample].append((len(ids), [said, *(dict(role="tool", content=result) for result in results)]))
         return None if episode.over else tokenizer.render_tool_results(results)
 
     rollouts = generate(model, tokenizer, prompts, num_samples=num_samples, temperature=temperature, top_p=top_p, seed=seed,
                         max_new_tokens=max_new_tokens or max(tasks.max_new_tokens(p.task) for p in problems),
                         tools=after_turn if chat else None, tool_timeout=tool_timeout, max_slots=max_slots, desc=desc)
-    for rollout, messages, heard in zip(*(sum(groups, []) for groups in (rollouts, said, num_heard))):
-        last = [i for i, sampled in zip(rollout.ids, rollout.mask) if sampled][heard:]       # the turn that no tool answered
+    def finish(rollout, episode, turns):
+        turns = list(turns)                                         # a call that was given up may still come back
+        messages = [message for _, said in turns for message in said]
+        last = [i for i, sampled in zip(rollout.ids, rollout.mask) if sampled][sum(size for size, _ in turns):]      # what no tool answered
         if last:
             messages.append(dict(role="assistant", content=tokenizer.decode(last[:-1] if rollout.finish_reason != "length" else last)))
+        return Played(rollout, messages, Outcome.WRONG if rollout.finish_reason == "tool_timeout" else episode.grade(messages))
+
     with ThreadPoolExecutor(GRADERS) as pool:
-        outcomes = pool.map(lambda pair: pair[0].grade(pair[1]), [pair for group in zip(episodes, said) for pair in zip(*group)])
-        return [[Played(r, m, next(outcomes)) for r, m in zip(*group)] for group in zip(rollouts, said)]
+        played = pool.map(finish, *(sum(groups, []) for groups in (rollouts, episodes, turns)))
+        return [[next(played) for _ in group] for group in rollouts]
 
 
 def in_words(messages):
@@ -107,19 +108,27 @@ def sample_to_files(model, tokenizer, problems, folder, rank, world_size, *, num
         for i, group in enumerate(groups, start):
             for sample, (r, messages, outcome) in enumerate(group):
                 lines.append(json.dumps(dict(problem=i, sample=sample, task=problems[i].task, prompt=problems[i].prompt, messages=messages,
-                                             outcome=outcome, finish_reason=r.finish_reason, ids=r.ids, mask=r.mask), ensure_ascii=False))
+                                             outcome=outcome, finish_reason=r.finish_reason, ids=r.ids, mask=r.mask)))
         write_atomically(path, "\n".join(lines) + "\n")
     return [path for _, path in files]
 
 
-def check_disjoint(problems, held_out, n=13):
-    """Raises ValueError if a problem of one list has the prompt of one of the other, or n words in a row (case and spacing aside)."""
+def without_overlap(problems, held_out, n=13):
+    """-> the problems that share with no held-out one the whole prompt or n words in a row (case and spacing aside).
+
+    Words that three or more problems share are form ("End with the answer on a line of its own"), not content, and do not count.
+    """
     def pieces(problem):
         text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         words = tuple(text.lower().split())
-        return [words, *(words[i:i + n] for i in range(len(words) - n + 1))]
-    asked = {piece: problem.task for problem in problems for piece in pieces(problem)}
+        return words, {words[i:i + n] for i in range(len(words) - n + 1)} - {words}
+    often = Counter(piece for problem in problems for piece in pieces(problem)[1])
+    held = set()
     for problem in held_out:
-        for piece in pieces(problem):
-            if piece in asked:
-                raise ValueError(f"what is sampled and what is measured overlap: {asked[piece]} and {problem.task} both hold {' '.join(piece)!r}")
+        words, parts = pieces(problem)
+        held |= {words, *parts}
+
+    def clashes(problem):
+        words, parts = pieces(problem)
+        return words in held or any(piece in held and often[piece] < 3 for piece in parts)
+    return [problem for problem in problems if not clashes(problem)]

@@ -38,7 +38,7 @@ from data.tokens import Chunk, TokenFile, write_sources
 from kernels import linear_logprob
 from model import (Transformer, add_lora, clip_grad_norm, config_for_size, flops_per_token, make_optimizers, memory_estimate,
                    num_params, parallelize, set_gradient_sync)
-from rollouts import check_disjoint, sample_to_files
+from rollouts import sample_to_files, without_overlap
 from tokenizer import Tokenizer
 
 
@@ -120,6 +120,11 @@ def bucket_sums(logps, buckets, num_buckets):
 # -----------------------------------------------------------------------------
 
 
+def demo_options(cfg):
+    """Few demonstrations are a draw of their own for every seed; the usual 10,000 are the same for all, and cached once."""
+    return dict(num=cfg.num_demos, seed=cfg.seed) if cfg.num_demos else {}
+
+
 def evaluate(forward, model, sources, cfg, rank, world_size, device):
     """-> {source: mean loss in nats per token} over the same held-out rows at every call; {} without held-out data."""
     sources = {n: s for n, s in sources.items() if len(s)}
@@ -166,7 +171,7 @@ def train(cfg, new=None):
 
     # data: tokenized once by the first rank, memory-mapped by all
     options = dict(tokenizer=tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long)
-    demos = options | dict(num=cfg.num_demos or None)
+    demos = options | demo_options(cfg)
     new = new or open_sources(cfg.data, **demos)
     old = open_sources(cfg.replay_data, **options) if cfg.replay_data else {}
     if new.keys() & old.keys():
@@ -221,7 +226,8 @@ def train(cfg, new=None):
                 from eval import run_task
                 for task in cfg.eval_tasks.split(","):
                     result = run_task(model, tokenizer, task, num_problems=cfg.eval_problems, seed=cfg.seed)
-                    val[f"val/{result['metric']}_{task}"] = result["value"]
+                    if result["value"] is not None:                  # a grader that failed is no score
+                        val[f"val/{result['metric']}_{task}"] = result["value"]
             logger.log(step, **val)
             logger.print(f"step {step:6d}/{num_steps} | " + " | ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in val.items()))
 
@@ -290,30 +296,51 @@ def train(cfg, new=None):
 def normal(value):
     """One spelling for an argument or an answer: numbers as rationals, text without white space."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return str(parse_number(text) or "".join(text.split()))
+    number = parse_number(text)
+    return "".join(text.split()) if number is None else str(number)
+
+
+def calls_of(message):
+    """-> [(name, sorted and normalised arguments)]"""
+    return [(c["name"], *sorted((k, normal(v)) for k, v in c["arguments"].items())) for c in message.get("tool_calls", [])]
 
 
 def trajectory(messages):
-    """-> hashable: the calls in order, their arguments sorted and normalised, and the answer. Equal ones teach the same thing."""
-    calls = [(c["name"], *sorted((k, normal(v)) for k, v in c["arguments"].items())) for m in messages for c in m.get("tool_calls", [])]
-    return (*calls, normal(messages[-1]["content"])) if messages else ()
+    """-> hashable: the calls in order, and the answer. Equal ones teach the same thing."""
+    return (*(call for message in messages for call in calls_of(message)), normal(messages[-1]["content"])) if messages else ()
+
+
+def repeats_a_call(messages):
+    """The same call with the same result twice. A tool that was busy at first, or read again after a write, answers differently."""
+    seen, pending = set(), []
+    for message in messages:
+        if message["role"] == "assistant":
+            pending = calls_of(message)
+        elif message["role"] == "tool" and pending:
+            done = (pending.pop(0), message["content"])
+            if done in seen:
+                return True
+            seen.add(done)
+    return False
 
 
 def choose(group, seed, control=""):
     """Why each answer to one problem is kept or not: -> one word per answer, "kept" among them.
 
-    group: [(finish_reason, outcome, messages)]. Of the distinct right answers one stays if more than 7/8 of all were right, two if more than
-    half were, else four: what is hard weighs more. Which ones is up to the seed; the shortest would teach brevity.
+    group: [(finished, outcome, messages)], finished: it ended in an end of turn. Of the distinct right answers one stays if more than 7/8 of
+    all were right, two if more than half were, else four: what is hard weighs more. Which ones is up to the seed; the shortest would teach
+    brevity.
     """
     reasons, seen = [], set()
-    for finish_reason, outcome, messages in group:
+    for finished, outcome, messages in group:
         path = trajectory(messages)
         right = outcome == Outcome.RIGHT or (control == "always_right" and outcome != Outcome.GRADER_ERROR)
-        reasons.append("unfinished" if finish_reason != "stop" else str(outcome) if not right else
-                       "repeated call" if len(set(path[:-1])) < len(path) - 1 else "duplicate" if path in seen else "kept")
+        reasons.append("unfinished" if not finished else str(outcome) if not right else "repeated call" if repeats_a_call(messages) else
+                       "duplicate" if path in seen else "kept")
         if reasons[-1] == "kept":
             seen.add(path)
-    share = sum(outcome == Outcome.RIGHT for _, outcome, _ in group) / len(group)
+    graded = [outcome for _, outcome, _ in group if outcome != Outcome.GRADER_ERROR]
+    share = graded.count(Outcome.RIGHT) / max(1, len(graded))
     kept = [i for i, reason in enumerate(reasons) if reason == "kept"]
     order = np.random.default_rng(seed).permutation(len(kept))
     for i in order[1 if share > 7 / 8 else 2 if share > 1 / 2 else 4:]:
@@ -322,42 +349,48 @@ def choose(group, seed, control=""):
 
 
 def select(cfg, files, tokenizer, problems, folder, rank):
-    """Sampled answers -> (those to train on as {source: [(ids, mask)]}, statistics). rollouts.jsonl tells why each one is in or out."""
+    """Sampled answers -> (those to train on as {task: [(ids, mask)]}, statistics). rollouts.jsonl tells why each one is in or out."""
     rollouts = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if [(r["problem"], r["sample"], r["prompt"]) for r in rollouts] != [(i, j, p.prompt) for i, p in enumerate(problems) for j in range(cfg.num_samples)]:
+        raise ValueError(f"{folder}/sampled_*.jsonl were made with other flags: resume with those of config.json, or delete them")
     failed = sum(r["outcome"] == Outcome.GRADER_ERROR for r in rollouts)
     if failed > 0.02 * len(rollouts):
-        raise RuntimeError(f"the grader failed on {failed} of {len(rollouts)} answers (more than 2 %): see the warnings above, and {files[0].parent}")
+        raise RuntimeError(f"the grader failed on {failed} of {len(rollouts)} answers (more than 2 %): see the warnings above, repair it, delete "
+                           f"{folder}/sampled_*.jsonl, and --resume=latest")
     kept, seen, solved = [], set(), 0
-    for i in range(len(problems)):
-        group = rollouts[i * cfg.num_samples:(i + 1) * cfg.num_samples]
-        reasons = choose([(r["finish_reason"], r["outcome"], r["messages"]) for r in group], random_key(cfg.seed, folder.name, "keep", i), cfg.control)
+    for i, problem in enumerate(problems):
+        group, prompt = rollouts[i * cfg.num_samples:(i + 1) * cfg.num_samples], tokenizer.render_prompt(problem.prompt, problem.tools)
+        finished = [r["finish_reason"] == "stop" and r["ids"][-1] == tokenizer.end_of_turn_id for r in group]
+        reasons = choose([(end, r["outcome"], r["messages"]) for end, r in zip(finished, group)], random_key(cfg.seed, folder.name, "keep", i),
+                         cfg.control)
         solved += any(r["outcome"] == Outcome.RIGHT for r in group)
         for r, reason in zip(group, reasons):
-            ids = tuple(tokenizer.render_prompt(problems[i].prompt, problems[i].tools) + r["ids"])
-            r["reason"] = "duplicate" if reason == "kept" and ids in seen else reason
+            ids = tuple(prompt + r["ids"])
+            r["reason"] = reason if reason != "kept" else "duplicate" if ids in seen else "too long" if len(ids) > cfg.seq_len + 1 else "kept"
             if r["reason"] == "kept":
                 seen.add(ids)
-                kept.append((problems[i], r))
-    if cfg.control == "shuffled":                                    # the answers move one problem on, among those that have one
-        kept = [(kept[j - 1][0], r) for j, (_, r) in enumerate(kept)]
+                kept.append((i, r))
     if rank == 0:
-        write_atomically(folder / "rollouts.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rollouts))
+        write_atomically(folder / "rollouts.jsonl", "".join(json.dumps(r) + "\n" for r in rollouts))
+    # the control that must hurt: the answers of each problem that has some move to the one before
+    having = sorted({i for i, _ in kept})
+    asked = {i: having[j - 1] if cfg.control == "shuffled" else i for j, i in enumerate(having)}
     documents = {}
-    for problem, r in kept:
+    for i, r in kept:
+        problem = problems[asked[i]]
         prompt = tokenizer.render_prompt(problem.prompt, problem.tools)
         documents.setdefault(problem.task.partition("/")[0], []).append((prompt + r["ids"], [0] * len(prompt) + r["mask"]))
     reasons = [r["reason"] for r in rollouts]
     right = sum(r["outcome"] == Outcome.RIGHT for r in rollouts)
-    return documents, dict(pool_mean=right / len(rollouts), pool_pass=solved / len(problems), kept=len(kept), num_sampled=len(rollouts),
+    return documents, dict(pool_mean=right / (len(rollouts) - failed), pool_pass=solved / len(problems), kept=len(kept), num_sampled=len(rollouts),
                            distinct_per_solved=(reasons.count("kept") + reasons.count("over the cap")) / max(1, solved),
                            calls=sum(len(m.get("tool_calls", [])) for r in rollouts for m in r["messages"]) / len(rollouts),
-                           reasons={reason: reasons.count(reason) for reason in sorted(set(reasons))},
-                           unsolved=len(problems) - solved)
+                           reasons={reason: reasons.count(reason) for reason in sorted(set(reasons))}, unsolved=len(problems) - solved)
 
 
 def round_sources(cfg, tokenizer, kept, folder, rank):
     """Demonstrations and kept answers as token files in folder/data; an answer joins the source of its task's name, else that of its bucket."""
-    demos = open_sources(cfg.data, tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long, num=cfg.num_demos or None)
+    demos = open_sources(cfg.data, tokenizer, seq_len=cfg.seq_len, cache_dir=cfg.cache, long=cfg.long, **demo_options(cfg))
 
     def chunks():
         for name, source in demos.items():
@@ -381,31 +414,49 @@ def rejection_sampling(cfg):
     root, names = Path("out") / cfg.name, cfg.eval_tasks.split(",")
     if not cfg.eval_tasks:
         raise ValueError("--rounds needs --eval_tasks: without them nobody would see whether a round helped")
+    if cfg.resume not in ("", "latest"):
+        raise ValueError(f"--rounds goes on with --resume=latest, found --resume={cfg.resume}")
     shared = [item.rpartition(":")[0] for item in cfg.mix.split(",")]
     for task in cfg.pool.split(",") if cfg.mix else []:
         kind = task.partition("@")[0].partition("/")[0]
         if kind not in shared and tasks.bucket(kind) not in shared:
             raise ValueError(f"--mix={cfg.mix}: no share for what --pool={task} will give, expected a source named {kind} or {tasks.bucket(kind)}")
-    if cfg.sandbox != "auto":                                        # auto is chosen when the first program runs
-        sandbox.choose(cfg.sandbox)
-    old = [] if cfg.resume else list(root.glob("round_*"))
-    if old and not (cfg.overwrite or cfg.name == "dummy"):
+    pool = [p for task in cfg.pool.split(",")
+            for p in tasks.problems(task if "@" in task else f"{task}@train", cfg.num_prompts, random_key(cfg.seed, "pool"))]
+    problems = without_overlap(pool, [p for task in names for p in tasks.problems(task, cfg.eval_problems, cfg.seed)])
+    if not problems or isinstance(problems[0].prompt, str):
+        raise ValueError(f"--pool={cfg.pool}: expected conversations that --eval_tasks does not measure, found "
+                         f"{len(pool)} problems, {len(problems)} of them free of overlap" + " (texts)" * bool(problems))
+
+    # a run that goes on must be the run that stopped: its samples are matched to problems by number
+    loose = ("rounds", "early_stop", "resume", "overwrite", "device_batch_size", "parallel", "cache", "sandbox", "compile", "recompute")
+    config = {key: value for key, value in asdict(cfg).items() if key not in loose}
+    old, before = list(root.glob("round_*")), root / "config.json"
+    if old and cfg.resume and before.exists() and (found := json.loads(before.read_text())) != config:
+        changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in config.items() if found.get(key) != value]
+        raise ValueError(f"--resume=latest: {root} was made with other flags ({'; '.join(changed)})")
+    if old and not (cfg.resume or cfg.overwrite or cfg.name == "dummy"):
         raise ValueError(f"{root} already holds rounds: --resume=latest continues, --overwrite deletes them, --name starts another")
     with checkpoint.together():
-        for folder in old if rank == 0 else []:
-            shutil.rmtree(folder)
-    problems = [p for task in cfg.pool.split(",") for p in tasks.problems(task if "@" in task else f"{task}@train", cfg.num_prompts, cfg.seed)]
-    check_disjoint(problems, [p for task in names for p in tasks.problems(task, cfg.eval_problems, cfg.seed)])
+        if rank == 0:
+            for folder in [] if cfg.resume else old:
+                shutil.rmtree(folder)
+            root.mkdir(parents=True, exist_ok=True)
+            (root / "rounds.json").unlink(missing_ok=True)
+            write_atomically(before, json.dumps(config, indent=2) + "\n")
+            print(f"pool: {len(problems)} problems, {len(pool) - len(problems)} left out that --eval_tasks also asks", flush=True)
     kept, rows, tokenizer = {}, [], None
     for k in range(cfg.rounds + 1):
         folder = root / f"round_{k}"
         done = folder / "round.json"
 
-        # train from the checkpoint before SFT, with a new optimizer
+        # train from the checkpoint before SFT, with a new optimizer, for as many steps as round 0
         if not done.exists():
-            resume = "latest" if cfg.resume and any(folder.glob("step_*/train.json")) else ""
-            train(replace(cfg, name=f"{cfg.name}/round_{k}", rounds=0, eval_tasks="", overwrite=True, resume=resume),
-                  round_sources(cfg, tokenizer, kept, folder, rank) if kept else None)
+            run = replace(cfg, name=f"{cfg.name}/round_{k}", rounds=0, eval_tasks="", overwrite=True,
+                          resume="latest" if cfg.resume and checkpoint.step_folders(folder) else "")
+            if k:
+                run = replace(run, num_steps=checkpoint.read_record(checkpoint.newest(root / "round_0"))["step"], num_epochs=0, new_tokens=0)
+            train(run, round_sources(cfg, tokenizer, kept, folder, rank) if kept else None)
         model, tokenizer = checkpoint.load_hf(checkpoint.newest(folder), device)
         model.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda") else torch.float32
 
@@ -414,8 +465,10 @@ def rejection_sampling(cfg):
             if rank == 0 and not done.exists():
                 from eval import run_task
                 results = [run_task(model, tokenizer, task, num_problems=cfg.eval_problems, seed=cfg.seed) for task in names]
+                if void := [r["task"] for r in results if r["value"] is None]:
+                    raise RuntimeError(f"the grader failed on {', '.join(void)}: see the warnings above, repair it, and --resume=latest")
                 num_kept = {name: len(documents) for name, documents in kept.items()}
-                write_atomically(done, json.dumps(dict(round=k, kept=num_kept, results=results), ensure_ascii=False) + "\n")
+                write_atomically(done, json.dumps(dict(round=k, kept=num_kept, results=results)) + "\n")
         rows.append(json.loads(done.read_text(encoding="utf-8")))
         if rank == 0:
             print(f"round {k} | " + " | ".join(f"{r['task']} {r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in rows[-1]["results"]),
@@ -434,7 +487,7 @@ def rejection_sampling(cfg):
         if not kept:
             raise RuntimeError(f"round {k}: no answer to the pool can be kept: more demonstrations, more steps or easier problems")
     if rank == 0:
-        write_atomically(root / "rounds.json", json.dumps(rows, ensure_ascii=False) + "\n")
+        write_atomically(root / "rounds.json", json.dumps(rows) + "\n")
         print(json.dumps(dict(name=cfg.name, rounds=len(rows) - 1, checkpoint=str(checkpoint.newest(folder)),
                               results=[{r["task"]: r["value"] for r in row["results"]} for row in rows])), flush=True)
     return rows
@@ -442,13 +495,15 @@ def rejection_sampling(cfg):
 
 def gain(before, after):
     """Rise of the mean score over all tasks, in standard errors."""
-    b, a = ([r["value"] or 0.0 for r in row["results"]] for row in (before, after))
+    b, a = ([r["value"] for r in row["results"]] for row in (before, after))
     variance = sum(v * (1 - v) / r["n"] for row, values in ((before, b), (after, a)) for v, r in zip(values, row["results"]))
     return (sum(a) - sum(b)) / max(math.sqrt(variance), 1e-9)
 
 
 def main(cfg):
-    return rejection_sampling(cfg) if cfg.rounds else train(cfg)
+    if cfg.sandbox != "auto":                                        # auto is chosen when the first program runs
+        sandbox.choose(cfg.sandbox)
+    return rejection_sampling(cfg) if cfg.rounds and not cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ SAMPLE_SECONDS = 0.1
 NAMES = ("auto", "namespaces", "landlock", "none_i_accept")
 
 _python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-_chosen, _lock = None, threading.Lock()
+_chosen, _choosing, _lock = None, threading.Lock(), threading.Lock()
 
 
 class SandboxUnavailable(RuntimeError):
@@ -530,9 +530,10 @@ def choose(name="auto") -> str:
 
 
 def _use():
-    """The tier of this process; `auto` if nobody chose."""
-    if _chosen is None:
-        choose("auto")
+    """The tier of this process; `auto` if nobody chose. One thread chooses, the others wait for it."""
+    with _choosing:
+        if _chosen is None:
+            choose("auto")
     return _chosen
 
 
