@@ -182,8 +182,8 @@ share of right calls alone.
 
 ## Rejection sampling
 
-From a few demonstrations: the model answers new problems, calls are executed, right answers join the demonstrations, and it is trained again from where
-it was before. Here the calculator has another name in every prompt.
+The model after SFT goes on with 64 demonstrations of English word problems (round 0). It then answers new problems, calls are executed, right answers join
+the demonstrations, and it is trained again from where it was before (round 1). Levels are by the operators of the expression.
 
 {rounds_table(rounds)}
 

@@ -179,6 +179,11 @@ def _story(lang, draw, split):
     return text, expression.format(a=a, b=b, c=c), str(total)
 
 
+def _level(expression):
+    """1 to 4 by the operators: no order to mind, times last, times first, brackets. Evaluation reports success by it."""
+    return 1 + ("-+", "+*", "*-", "*(+)").index(re.sub("[0-9]", "", expression))
+
+
 # -----------------------------------------------------------------------------
 # Code: 5 reductions x 4 maps x 5 filters. A combination is held out when its three indices add up to a multiple of 5:
 # twenty of a hundred, and every pair of parts is still seen in training.
@@ -393,13 +398,13 @@ def item(task: str, split: str, seed: int, index: int) -> Problem:
     calls, results, answer, hidden = [], [], "", {}
     if family == "math":
         prompt, expression, final = _story(lang, draw, split)
-        calls, results, answer = [_call("calculator", expression)], [final], final
+        calls, results, answer, hidden = [_call("calculator", expression)], [final], final, {"level": _level(expression)}
     elif family == "tool":
         prompt, calls, results, final, answer, hidden = _tool_request(draw, split)
     elif family == "schema":
         prompt, expression, final, (name, parameter) = _schema_request(draw, split)
         calls, results, answer = [{"name": name, "arguments": {parameter: expression}}], [final], final
-        hidden = {"schema": (name, parameter), "level": 1 + ("-+", "+*", "*-", "*(+)").index(re.sub("[0-9]", "", expression))}
+        hidden = {"schema": (name, parameter), "level": _level(expression)}
     elif family == "code":
         prompt, final = _code(draw, split)
         answer = final

@@ -35,14 +35,14 @@ sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=to
 eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
 both sft eval_mid
 
-say "evaluation; beside it, rejection sampling: 32 demonstrations, then also what the model got right itself (a minute and a half)"
+say "evaluation; beside it, rejection sampling: SFT on 64 demonstrations, then on what the model got right itself, too (a minute and a half)"
 evaluation() {
     logged "$root/eval_math.log" python eval.py --init=$root/mid_r20,$root/sft --num_problems=60 --out=$root/eval_math --tasks=math_en,math_en@test_template,math_ko
     logged "$root/eval_rest.log" python eval.py --init=$root/mid_r20,$root/sft --num_problems=60 --out=$root/eval_rest --tasks=code,tool,chat_en,chat_ko
 }
-rounds() { python train_sft.py --name=quickstart/rounds --init=$root/sft --data=toy/schema --num_demos=32 --num_steps=40 --decay_share=.3 --eval_every=0 \
-    --seq_len=416 --total_batch_size=3328 --rounds=1 --pool=schema --num_prompts=150 --num_samples=4 --early_stop=false --eval_problems=60 \
-    --eval_tasks=schema,schema@test_template,schema@test_schema 2>&1 | tee "$root/rounds.log" | grep --line-buffered -E '^round|Error'; }
+rounds() { python train_sft.py --name=quickstart/rounds --init=$root/sft --data=toy/math_en --num_demos=64 $shape --num_steps=50 --decay_share=.3 --eval_every=0 \
+    --rounds=1 --pool=math_en --num_prompts=300 --num_samples=4 --early_stop=false --eval_problems=100 --eval_tasks=math_en,math_en@test_template \
+    2>&1 | tee "$root/rounds.log" | grep --line-buffered -E '^round|Error'; }
 both rounds evaluation
 
 python report.py --root=$root
