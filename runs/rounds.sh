@@ -28,8 +28,8 @@ join
 # a control differs in what is kept after round 0, so it goes on from that round's model and answers
 for seed in $SEEDS; do
     for control in shuffled always_right; do
-        rm -rf out/rounds/${control}_s$seed/round_1 && mkdir -p out/rounds/${control}_s$seed
-        cp -r out/rounds/plain_s$seed/round_0 out/rounds/${control}_s$seed/
+        folder=out/rounds/${control}_s$seed
+        if [ ! -e $folder/rounds.json ]; then rm -rf $folder && mkdir -p $folder && cp -r out/rounds/plain_s$seed/round_0 $folder/; fi
         spawn rounds ${control}_s$seed $seed --rounds=1 --control=$control --resume=latest
     done
 done
