@@ -116,13 +116,14 @@ def sample_to_files(model, tokenizer, problems, folder, rank, world_size, *, num
 def without_overlap(problems, held_out, n=13):
     """-> the problems that share with no held-out one the whole prompt or n words in a row (case and spacing aside).
 
-    Words that three or more problems share are form ("End with the answer on a line of its own"), not content, and do not count.
+    Where three or more problems share the first or last n - 3 of those words, they are form ("End with the answer on a line of its own"), not
+    content, and do not count.
     """
     def pieces(problem):
         text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
         words = tuple(text.lower().split())
         return words, {words[i:i + n] for i in range(len(words) - n + 1)} - {words}
-    often = Counter(piece for problem in problems for piece in pieces(problem)[1])
+    often = Counter(part for problem in problems for part in {q for piece in pieces(problem)[1] | {pieces(problem)[0]} for q in (piece[:n - 3], piece[3 - n:])})
     held = set()
     for problem in held_out:
         words, parts = pieces(problem)
@@ -130,5 +131,5 @@ def without_overlap(problems, held_out, n=13):
 
     def clashes(problem):
         words, parts = pieces(problem)
-        return words in held or any(piece in held and often[piece] < 3 for piece in parts)
+        return words in held or any(piece in held and often[piece[:n - 3]] < 3 > often[piece[3 - n:]] for piece in parts)
     return [problem for problem in problems if not clashes(problem)]
