@@ -68,6 +68,7 @@ def play(model, tokenizer, problems, *, num_samples=1, max_new_tokens=None, temp
     rollouts = generate(model, tokenizer, prompts, num_samples=num_samples, temperature=temperature, top_p=top_p, seed=seed,
                         max_new_tokens=max_new_tokens or max(tasks.max_new_tokens(p.task) for p in problems),
                         tools=after_turn if chat else None, tool_timeout=tool_timeout, max_slots=max_slots, desc=desc)
+
     def finish(rollout, episode, turns):
         turns = list(turns)                                         # a call that was given up may still come back
         messages = [message for _, said in turns for message in said]

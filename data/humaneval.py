@@ -12,7 +12,6 @@ import ast
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -100,11 +99,3 @@ def _checks(problem):
     if not checks or None in checks:
         return [], f"{problem['test']}\n{alias}"
     return checks, alias + "\n".join(map(ast.unparse, imports))
-
-
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that one of k samples drawn from num_samples without replacement is right (unbiased pass@k, arXiv 2107.03374, equation
-    1): 1 - C(n - c, k) / C(n, k)."""
-    if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
-        raise ValueError(f"expected 1 <= k <= num_samples and num_right <= num_samples, found {k}, {num_samples}, {num_right}")
-    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

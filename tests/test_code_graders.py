@@ -132,14 +132,6 @@ def test_failures_of_the_box_are_not_scores(monkeypatch, caplog):
     assert mbpp.grade(None, TOTAL) == ERROR
 
 
-def test_pass_at_k():
-    assert [humaneval.pass_at_k(4, c, 2) for c in range(5)] == [0, 1 / 2, 5 / 6, 1, 1]  # 1 - C(4-c,2)/6
-    assert humaneval.pass_at_k(200, 1, 1) == pytest.approx(1 / 200)
-    for bad in ((4, 5, 1), (4, 1, 5), (4, 1, 0)):
-        with pytest.raises(ValueError, match="expected 1 <= k"):
-            humaneval.pass_at_k(*bad)
-
-
 # -----------------------------------------------------------------------------
 # In the box: problems of our own
 
