@@ -1,15 +1,19 @@
-"""Talk to a checkpoint in the terminal.
+"""Talk to a checkpoint in the terminal, or read what a run sampled.
 
     python chat.py --init=out/quickstart/sft
     python chat.py --init=out/quickstart/sft --prompt="Tom has 12 pens and buys 3 bags of 4 pens. How many pens?"
+    python chat.py --rollouts=out/rl
 
 A calculator and Python (in the sandbox) are at hand: when the model calls one, the call and its result are shown and the model goes on.
 Commands: /new forgets the conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
+
+--rollouts pages through the rollouts.jsonl of a run (or all below a folder): prompt, turns, calls, results, reward and outcome.
 """
 import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +23,7 @@ from common import parse_config, random_key, setup_distributed
 from data import sandbox
 from data.calculator import TOOL, CalculatorError, calculate
 from engine import generate
+from rollout_pager import page
 from tokenizer import ToolCallError, parse_tool_calls
 
 
@@ -26,6 +31,7 @@ from tokenizer import ToolCallError, parse_tool_calls
 class Config:
     init: str = ""                   # checkpoint folder: out/<name>, a step folder, or one of Hugging Face
     prompt: str = ""                 # answer this one message and stop; empty: an interactive session
+    rollouts: str = ""               # page through what a run sampled: out/<name>, or a rollouts.jsonl; needs no --init
     system: str = ""                 # system message
     tools: bool = False              # write the tools' signatures into the prompt (large models need them; toy models never saw any)
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which the python tool runs
@@ -87,6 +93,8 @@ def reply(model, tokenizer, prompt_ids, cfg, turn, max_tool_turns=8):
 
 
 def main(cfg):
+    if cfg.rollouts:
+        return page(Path(cfg.rollouts))
     _, _, _, device = setup_distributed()
     if not cfg.init:
         raise ValueError("--init is empty: name a checkpoint folder, e.g. --init=out/quickstart/sft")

@@ -12,6 +12,7 @@ Every step folder of ours *is* a Hugging Face folder (config.json, model.safeten
 A folder is written under a temporary name and renamed once every byte is on the disk. A folder whose files differ from train.json is
 refused by name and never loaded in part.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -167,7 +168,8 @@ def save_hf(model, tokenizer, path):
     with unsharded parameters.
     """
     path = Path(path)
-    if path.exists() and not (path / "config.json").exists() and (not path.is_dir() or any(path.iterdir())):
+    is_checkpoint = (path / "config.json").exists() and not any(path.glob("step_*"))         # a run's folder has a config.json too
+    if path.exists() and not is_checkpoint and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no checkpoint: saving there would delete it; give another path")
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -434,3 +436,31 @@ def clear(out_dir, allowed):
         raise ValueError(f"{out_dir} already holds {old[-1].name}: --resume=latest continues it, --overwrite deletes it, --name starts another")
     for path in [*old, *Path(out_dir).glob("step_*.tmp")]:
         shutil.rmtree(path)
+
+
+def weights_hash(weights):
+    """128 bits (hex) that name a set of weights, to tell later what a run started from.
+
+    weights: a checkpoint folder, or {name: tensor}, whole tensors: a folder and what load_hf makes of it have one hash. It depends on
+    names, shapes and values, not on the precision or the files they are stored in (fp32 holds every bf16 and fp16 number). An lm_head
+    that is the embedding again is left out, as tied models may or may not write it.
+    """
+    tied = False
+    if isinstance(weights, dict):
+        names, read = set(weights), weights.__getitem__
+    else:
+        verify(weights)
+        tied = read_json(Path(weights) / "config.json").get("tie_word_embeddings", False)
+        files = weight_files(Path(weights))
+        handles = {f: open_safetensors(f) for f in set(files.values())}
+        names = {n for n in files if not n.endswith("rotary_emb.inv_freq")}
+        read = lambda name: handles[files[name]].get_tensor(name)
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if head in names and table in names and (tied or torch.equal(read(head), read(table))):
+        names.remove(head)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(names):
+        tensor = read(name).detach().cpu().float().contiguous()
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()

@@ -65,6 +65,13 @@ def to_float(text):
     return number
 
 
+def or_auto(parse):
+    def number(text):
+        return parse("-1" if text == "auto" else text)
+    number.__name__ = parse.__name__
+    return number
+
+
 PARSERS = {bool: to_bool, int: to_int, float: to_float, str: str}
 
 
@@ -127,7 +134,10 @@ def parse_config(config_class, argv=None):
             raise TypeError(f"{config_class.__name__}.{field.name}: default {default!r} is not one of {choices}")
         help_text = f"{comments.get(field.name, '')} (default: {default!r})".replace("%", "%%")
         bare = dict(nargs="?", const=True) if kind is bool else {}
-        parser.add_argument(f"--{field.name}", type=PARSERS[kind], choices=choices, help=help_text, action=Once,
+        parse = PARSERS[kind]
+        if kind in (int, float) and "auto:" in comments.get(field.name, ""):        # the script chooses where the flag is auto, or -1
+            parse = or_auto(parse)
+        parser.add_argument(f"--{field.name}", type=parse, choices=choices, help=help_text, action=Once,
                             metavar=None if choices else kind.__name__, **bare)
     namespace, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if unknown:
@@ -181,6 +191,15 @@ def all_reduce_sum(value, device=None):
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return type(value)(total.item())
+
+
+def all_gather_list(values):
+    """-> the lists of all ranks in one, by rank. values: a short list of plain values; every rank calls."""
+    if not dist.is_initialized():
+        return list(values)
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, list(values))
+    return [value for part in lists for value in part]
 
 
 def random_key(*key):
@@ -283,12 +302,14 @@ class Logger:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         config = dataclasses.asdict(cfg)
         metrics_path, config_path = self.out_dir / "metrics.jsonl", self.out_dir / "config.json"
+        self.rollouts_path = self.out_dir / "rollouts.jsonl"
         if resume_step is None:
             write_atomically(metrics_path, "")
+            self.rollouts_path.unlink(missing_ok=True)
         else:
             print_config_differences(config_path, config)
-            kept = [line for line in read_jsonl(metrics_path) if line["step"] <= resume_step]
-            write_atomically(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            cut_after(metrics_path, resume_step)
+            cut_after(self.rollouts_path, resume_step)
         write_atomically(config_path, json.dumps(config, indent=2) + "\n")
         write_atomically(self.out_dir / "code.patch", code_patch())
         self.metrics = open(metrics_path, "a")
@@ -303,6 +324,18 @@ class Logger:
         self.metrics.flush()
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+    def rollouts(self, step, lines):
+        """Samples to look at: lines (dicts) with "step" go to rollouts.jsonl (python chat.py --rollouts=out/<name>), and to wandb as a table."""
+        if self.rank != 0 or not lines:
+            return
+        with open(self.rollouts_path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if self.wandb:
+            import wandb
+            columns = list(lines[0])
+            rows = [[line.get(c) if isinstance(line.get(c), (int, float)) else str(line.get(c)) for c in columns] for line in lines]
+            self.wandb.log({"rollouts": wandb.Table(columns=columns, data=rows)}, step=step)
 
     def print(self, *args):
         if self.rank == 0:
@@ -321,6 +354,12 @@ class Logger:
 
 def finite_or_text(values):
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def cut_after(path, step):
+    """Leaves the lines of a JSONL file up to `step`, so that a resumed run's file equals that of a run that was never stopped."""
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in read_jsonl(path) if line["step"] <= step))
 
 
 def read_jsonl(path):

@@ -6,6 +6,7 @@ Here too: scalar heads, LoRA, optimizer groups (AdamW, Muon), DDP and FSDP2 wrap
     B sequences   T tokens   D width   H query heads   Hkv key/value heads   K head size   V vocabulary
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -291,6 +292,20 @@ def add_lora(model, rank, alpha, seed=0):
                     if isinstance(child, Linear):
                         setattr(parent, name, LoRALinear(child, rank, alpha))
     return model
+
+
+@contextmanager
+def lora_off(model):
+    """Inside, the model computes what it did before add_lora: the reference of a LoRA run needs no second copy. Without LoRA, nothing."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield model
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scale = scale
 
 
 def merged_state_dict(state_dict, scale):

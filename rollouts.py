@@ -9,7 +9,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from common import random_key, write_atomically
+from common import all_gather_list, all_reduce_sum, random_key, write_atomically
+from data import rewards as reward_functions
 from data import tasks
 from data.grading import Outcome
 from engine import Rollout, generate
@@ -87,6 +88,95 @@ def in_words(messages):
     return " ".join(f"-> {m['content']}" if m["role"] == "tool" else
                     " ".join([m["content"], *(f"{c['name']}({', '.join(map(str, c['arguments'].values()))})" for c in m.get("tool_calls", []))])
                     for m in messages).strip()
+
+
+# -----------------------------------------------------------------------------
+# With rewards, for training on them
+
+
+class Answer(NamedTuple):
+    """One sample. ids and mask hold prompt and rollout; logps are the sampler's, of the mask = 1 tokens."""
+    track: int
+    problem: object
+    ids: list
+    mask: list
+    logps: list
+    messages: list
+    finish_reason: str
+    outcome: Outcome
+    reward: float | None    # None: a grader failed, and there is none
+    parts: dict             # "<reward>/value" and whatever else the rewards report: name -> number
+    note: str               # why the reward is what it is, where that says something
+
+    @property
+    def truncated(self):
+        return self.finish_reason == "length"
+
+    @property
+    def length(self):
+        """Tokens after the prompt, tool results included."""
+        return len(self.ids) - self.mask.index(1)
+
+
+def play_for_rewards(model, tokenizer, asked, rewards, seeds, *, num_samples, desc="", **sampling):
+    """asked: [(track, Problem)], seeds: one of each. rewards: data.rewards.open_rewards. -> a list of num_samples Answers for each.
+
+    Conversations and plain texts are played apart. sampling: see play.
+    """
+    groups = [None] * len(asked)
+    for chat in (True, False):
+        which = [i for i, (_, p) in enumerate(asked) if isinstance(p.prompt, list) == chat]
+        problems = [asked[i][1] for i in which]
+        played = play(model, tokenizer, problems, num_samples=num_samples, seed=[seeds[i] for i in which], desc=desc, **sampling)
+        for i, p, group in zip(which, problems, played):
+            prompt = tokenizer.render_prompt(p.prompt, p.tools) if chat else tokenizer.encode(p.prompt)
+            groups[i] = [Answer(asked[i][0], p, prompt + r.ids, [0] * len(prompt) + r.mask, [x for x, m in zip(r.logps, r.mask) if m], messages,
+                                r.finish_reason, outcome, None, {}, "") for r, messages, outcome in group]
+    flat = [answer for group in groups for answer in group]
+    for track, named in enumerate(rewards):
+        mine = [i for i, a in enumerate(flat) if a.track == track]
+        samples = [reward_functions.Sample(f"{i // num_samples}/{i % num_samples}", flat[i].problem, flat[i].messages, flat[i].outcome) for i in mine]
+        scores = {name: reward(samples) if samples else [] for name, (reward, _) in named.items()}
+        for j, i in enumerate(mine):
+            total = reward_functions.weighted({name: s[j] for name, s in scores.items()}, {name: weight for name, (_, weight) in named.items()})
+            flat[i] = flat[i]._replace(reward=total.value, outcome=total.outcome, parts=total.metrics, note=total.note)
+    return [flat[i:i + num_samples] for i in range(0, len(flat), num_samples)]
+
+
+def check_grader_errors(answers, limit, step):
+    """-> how many samples of all ranks have no reward. More than the share `limit` of them stop all ranks; the first is named."""
+    failed = all_gather_list(a.note or a.problem.task for a in answers if a.reward is None)
+    total = all_reduce_sum(len(answers))
+    if len(failed) > limit * total:
+        raise RuntimeError(f"step {step}: {len(failed)} of {total} samples have no reward (--max_grader_error={limit}); the first: {failed[0]}. The last "
+                           "checkpoint is untouched: repair the reward and --resume=latest")
+    return len(failed)
+
+
+def rollout_metrics(answers, tracks):
+    """Means over the samples of all ranks, as rollout/<name>; of a run with several tracks also rollout/<name>_<track>."""
+    rows = all_gather_list((a.track, a.reward, str(a.outcome), a.length, len(a.ids) - a.length, a.truncated, sum(m["role"] == "assistant" for m in a.messages),
+                            sum(len(m.get("tool_calls", [])) for m in a.messages), a.parts) for a in answers)
+    mean = lambda values: sum(values) / len(values) if values else 0.0
+
+    def of(rows):
+        scores = [r[1] for r in rows if r[1] is not None]
+        return dict(score=mean(scores), right=mean([r[2] == "right" for r in rows]), ungradable=mean([r[2] == "ungradable" for r in rows]),
+                    response_length=mean([r[3] for r in rows]), truncated=mean([r[5] for r in rows])), scores
+    out, scores = of(rows)
+    out |= dict(score_std=mean([(x - out["score"]) ** 2 for x in scores]) ** 0.5, score_min=min(scores, default=0.0), score_max=max(scores, default=0.0),
+                prompt_length=mean([r[4] for r in rows]), turns=mean([r[6] for r in rows]), tool_calls=mean([r[7] for r in rows]))
+    for k, name in enumerate(tracks if len(tracks) > 1 else []):
+        out |= {f"{key}_{name}": value for key, value in of([r for r in rows if r[0] == k])[0].items()}
+    parts = {name: mean([r[8][name] for r in rows if name in r[8]]) for name in sorted({name for r in rows for name in r[8]})}
+    return {f"rollout/{key}": value for key, value in out.items()} | {f"rewards/{name}": value for name, value in parts.items()}
+
+
+def as_line(answer, tracks, step):
+    """One line of rollouts.jsonl, which chat.py --rollouts shows."""
+    a = answer
+    return dict(step=step, track=tracks[a.track], task=a.problem.task, prompt=a.problem.prompt, messages=a.messages, reward=a.reward, rewards=a.parts,
+                outcome=str(a.outcome), finish_reason=a.finish_reason, length=a.length, note=a.note)
 
 
 # -----------------------------------------------------------------------------

@@ -301,3 +301,68 @@ def make_batch(rows, sources, seq_len=None):
     flat = np.flatnonzero(targets >= 0)
     shaped = (x.reshape(B, T) for x in (ids, positions, doc_ids))
     return Batch(*map(torch.from_numpy, (*shaped, flat, targets[flat], buckets[flat])), num_tokens=len(slot))
+
+
+# -----------------------------------------------------------------------------
+# Sequences at hand: samples of a policy, pairs of preferences
+
+
+class SequenceBatch(NamedTuple):
+    """Some of a list of sequences, in B rows of T slots. Legend: N trained-on tokens in these rows, which may be none."""
+    ids: torch.Tensor          # (B, T) int64; 0 in filler
+    positions: torch.Tensor    # (B, T) int64; from 0 in every sequence
+    doc_ids: torch.Tensor      # (B, T) int64, or None where each row is one sequence: causal attention is enough
+    rows: torch.Tensor         # (N,) int64: indices into B * T whose hidden state predicts a trained-on token, sequence after sequence
+    targets: torch.Tensor      # (N,) int64: that token
+    tokens: torch.Tensor       # (N,) int64: its number among the trained-on tokens of the whole list, sequence after sequence
+    sequences: torch.Tensor    # (N,) int64: index of its sequence in the list
+    num_tokens: int            # slots that hold a token
+
+    def to(self, device):
+        return SequenceBatch(*(t if t is None else t.to(device, non_blocking=True) for t in self[:-1]), self.num_tokens)
+
+
+def token_offsets(sequences):
+    """int64 (S + 1,): where each sequence's trained-on tokens begin among those of all. sequences: [(ids, mask), ...]"""
+    return np.concatenate([[0], np.cumsum([sum(mask[1:]) for _, mask in sequences])]).astype(np.int64)
+
+
+def sequence_batch(sequences, which, offsets, pack=False):
+    """One SequenceBatch of the sequences `which` (indices). sequences: [(ids, mask), ...], mask 1 where a token is trained on; the first
+    token of a sequence predicts nothing backwards and must have mask 0. offsets: token_offsets(sequences). pack: several short ones share
+    a row. Without any, one row of filler: a rank with nothing to do runs the same code and changes no sum.
+    """
+    lengths = np.array([len(sequences[i][0]) - 1 for i in which], dtype=np.int64)
+    width = max(1, int(lengths.max(initial=1)))
+    rows_of = best_fit(lengths, width) if pack else [[j] for j in range(len(which))]
+    ids, positions, doc_ids = (np.zeros((max(1, len(rows_of)), width), dtype=np.int64) for _ in range(3))
+    rows, targets, tokens, owners = [], [], [], []
+    for b, members in enumerate(rows_of):
+        at = 0
+        for number, j in enumerate(members):
+            i, n = which[j], int(lengths[j])
+            sequence, mask = np.asarray(sequences[i][0], dtype=np.int64), np.asarray(sequences[i][1])
+            if mask[0]:
+                raise ValueError(f"sequence {i}: its first token has mask 1, and nothing stands before it that could predict it")
+            ids[b, at:at + n], positions[b, at:at + n], doc_ids[b, at:at + n] = sequence[:-1], np.arange(n), number
+            trained = np.flatnonzero(mask[1:])
+            rows.append(b * width + at + trained)
+            targets.append(sequence[1:][trained])
+            tokens.append(offsets[i] + np.arange(len(trained)))
+            owners.append(np.full(len(trained), i))
+            at += n
+        positions[b, at:], doc_ids[b, at:] = np.arange(width - at), len(members)
+    flat = [torch.from_numpy(np.concatenate(x).astype(np.int64)) if x else torch.zeros(0, dtype=torch.int64) for x in (rows, targets, tokens, owners)]
+    tables = [torch.from_numpy(x) for x in (ids, positions, doc_ids)]
+    return SequenceBatch(*tables[:2], tables[2] if pack else None, *flat, int(lengths.sum()))
+
+
+def micro_batches(lengths, device_batch_size, unit=1):
+    """Indices of sequences, cut into forward passes: longest first, device_batch_size units each, so that little is padded.
+
+    unit: so many neighbours (a pair: 2) stay together and count as one. -> lists of indices; none for no sequences
+    """
+    lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, unit)
+    order = np.argsort(-lengths.max(1), kind="stable") if len(lengths) else []
+    groups = [order[at:at + device_batch_size] for at in range(0, len(order), device_batch_size)]
+    return [[int(unit * g + k) for g in group for k in range(unit)] for group in groups]

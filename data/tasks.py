@@ -1,7 +1,7 @@
 """Every task that can be asked and graded, by name: problems, the episode that executes their tools, the grader's verdict.
 
     TASK or TASK@SPLIT: a toy task (math_en, tool@test_template, ...), gsm8k, math500, humaneval, mbpp, ifeval, instructions,
-    bfcl/CATEGORY, tools/LEVEL
+    bfcl/CATEGORY, tools/LEVEL. Rows of a user's file are rows/GRADER (data.prompts.problems): no name here, graded here.
 
     for problem in problems("tools/4@test_schema", num=100):
         episode = episode_of(problem)                 # fresh state, one for each rollout
@@ -11,12 +11,17 @@
 """
 import difflib
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data import bfcl, episodes, gsm8k, humaneval, ifeval, instructions, math500, mbpp, toy
+from common import random_key
 
-MAX_NEW_TOKENS = {"gsm8k": 400, "math500": 1024, "humaneval": 512, "mbpp": 512, "ifeval": 1280, "instructions": 512, "bfcl": 512, "tools": 1024}
+from data import bfcl, episodes, gsm8k, humaneval, ifeval, instructions, math500, mbpp, prompts, toy
+
+MAX_NEW_TOKENS = {"gsm8k": 400, "math500": 1024, "humaneval": 512, "mbpp": 512, "ifeval": 1280, "instructions": 512, "bfcl": 512, "tools": 1024,
+                  "rows": 512}
 NAMES = [*toy.TEXT_TASKS, *toy.CHAT_TASKS, "gsm8k", "math500", "humaneval", "mbpp", "ifeval", "instructions",
          *(f"bfcl/{category}" for category in bfcl.FILES), *(f"tools/{level}" for level in episodes.LEVELS)]
 
@@ -39,6 +44,39 @@ def problems(name, num=300, seed=0):
     if kind in ("gsm8k", "mbpp", "instructions"):
         return dict(gsm8k=gsm8k, mbpp=mbpp, instructions=instructions)[kind].problems(split or "test", num=num, seed=seed)
     return dict(math500=math500, humaneval=humaneval, ifeval=ifeval)[kind].problems(num, seed)
+
+
+class Source(NamedTuple):
+    name: str               # task, or file
+    track: int
+    train: list             # Problems
+    val: list
+
+
+def open_prompts(data, *, num, num_val, seed=0, grader="", val_fraction=0.05, **files):
+    """The --data of a run that samples -> tracks (names), [Source], notes to print.
+
+    data: comma-separated tasks and files of prompts; TRACK=SOURCE puts one in a track of that name, else it is in "all"; toy is the tasks of
+    SFT's mixture. num, num_val: problems of a task (its train and test splits) and at most so many held-out rows of a file, whose share is
+    val_fraction; files, grader: see prompts.problems.
+    """
+    tracks, sources, notes = [], [], []
+    for item in data.split(","):
+        track, equals, name = item.partition("=") if not Path(item).exists() else ("", "", "")
+        track, name = (track, name) if equals else ("all", item)
+        if track not in tracks:
+            tracks.append(track)
+        for task in toy.MIXTURE if name == "toy" else [name]:
+            if Path(task).exists():
+                found = prompts.read(task, **files)
+                notes += [f"{task}: {note}" for note in found.notes] + [f"{task}: left out {n}: {why}" for why, n in found.skipped.items()]
+                split = dict(grader=grader, val_fraction=val_fraction, seed=seed)
+                train, val = (prompts.problems(found, split=part, **split) for part in ("train", "val"))
+            else:
+                train = problems(task if "@" in task else f"{task}@train", num, random_key(seed, "prompts", task))
+                val = problems(task.partition("@")[0], num_val, seed)
+            sources.append(Source(task, tracks.index(track), train, val[:num_val]))
+    return tracks, sources, notes
 
 
 def max_new_tokens(task):
@@ -72,7 +110,9 @@ def more_scores(task, problems, messages, outcomes):
 
 def bucket(task):
     """chat, math, code or tool: what training on the task is counted as."""
-    kind = task.partition("/")[0]
+    kind, _, part = task.partition("/")
+    if kind == "rows":
+        return dict(gsm8k="math", math="math", code="code").get(part, "chat")
     others = dict(gsm8k="math", math500="math", humaneval="code", mbpp="code", ifeval="chat", instructions="chat", tools="tool", bfcl="tool",
                   schema="tool")
     return others.get(kind) or kind.partition("_")[0]
@@ -120,6 +160,8 @@ class Question:
             return ifeval.outcome(text, problem.hidden["instruction_id_list"], problem.hidden["kwargs"])
         if kind == "instructions":
             return instructions.grade(problem, text)
+        if kind == "rows":
+            return prompts.grade(problem, text)
         return bfcl.grade_response(text, problem.hidden)
 
 

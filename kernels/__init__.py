@@ -7,10 +7,11 @@ import os
 import torch
 
 from kernels import reference
+from kernels.gae import gae as _gae
 from kernels.linear_logprob import LogProb
 from kernels.linear_logprob import linear_logprob as _linear_logprob
 
-__all__ = ["LogProb", "linear_logprob"]
+__all__ = ["LogProb", "gae", "linear_logprob"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_MAX_CHUNK = 16384
@@ -44,6 +45,26 @@ def linear_logprob(hidden, weight, targets, *, bias=None, temperature=1.0, softc
         return reference.linear_logprob(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     return _linear_logprob(hidden, weight, targets, bias, temperature, softcap, ignore_index, chunk, save_bytes,
                            use_triton=path == "triton")
+
+
+def gae(rewards, values, dones, gamma, lam):
+    """Generalized advantage estimation (arXiv 1506.02438) -> (advantages, returns), (B, T) each; returns = advantages + values.
+
+    rewards  (B, T) float; r_t is paid for the action at t
+    values   (B, T + 1) of the state before each action, and after the last
+    dones    (B, T) bool: no value and no advantage crosses from t + 1 to t. A row may hold several episodes, and garbage, even nan,
+             after the last done
+    gamma    discount; lam: 1 is the Monte Carlo return minus the value, 0 one step of temporal difference
+
+    fp32, or fp64 for fp64 rewards. An episode cut by a limit adds gamma V(next) to its last reward and is done there.
+    """
+    if rewards.ndim != 2 or values.shape != (rewards.shape[0], rewards.shape[1] + 1) or dones.shape != rewards.shape or dones.dtype != torch.bool:
+        raise ValueError(f"expected rewards (B, T), values (B, T + 1), dones (B, T) bool, found {tuple(rewards.shape)}, {tuple(values.shape)}, "
+                         f"{tuple(dones.shape)} {dones.dtype}")
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma, lam: expected within [0, 1], found {gamma}, {lam}")
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return _gae(rewards.to(dtype), values.to(dtype), dones, gamma, lam)
 
 
 def _pick(backend, x):
