@@ -1,6 +1,10 @@
 """Speed beside peers, in one run: ratios are the result, since absolute times belong to one machine.
 
     python bench.py sft         training steps beside TRL's SFTTrainer: same checkpoint, token ids, order and optimizer settings
+    python bench.py dpo         the same beside TRL's DPOTrainer, reference log-probabilities found before the first step by both
+    python bench.py grpo        rollout, reward and update beside TRL's GRPOTrainer: same checkpoint, prompts, rewards and lengths of responses
+    python bench.py ppo         the same beside the PPOTrainer of trl 1.12.0, the last that had it: pip install --no-deps
+                                --target=out/peers/trl-1.12.0 trl==1.12.0 puts it where this group looks
     python bench.py head        linear_logprob beside full logits in plain torch
     python bench.py sandbox     a program in the box beside a bare interpreter that does nothing
     python bench.py             all groups
@@ -19,16 +23,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
+import engine
+import rollouts
+import train_dpo
+import train_rl
 import train_sft
 from common import parse_config, read_jsonl, write_atomically
-from data import open_sources, sandbox, toy
-from data.packing import Loader
+from data import open_sources, rewards, sandbox, toy
+from data.grading import Outcome
+from data.packing import Loader, shuffled
 from kernels import linear_logprob
 from model import Transformer, config_for_size
 from tokenizer import Tokenizer
@@ -55,7 +65,7 @@ def summarize(values):
 # sft: conversations of 1 to 8 exchanges, so that lengths are ragged; 8 a step
 
 CHATS_PER_STEP, SEQ_LEN = 8, 1536
-SFT_METHODS = ("temper padded", "temper packed", "trl padded")
+METHODS = ("temper padded", "temper packed", "trl padded")
 
 
 def write_chats(path, num):
@@ -98,6 +108,28 @@ def trl_steps(folder, num_steps):
     dataset = Dataset.from_list([dict(input_ids=ids.tolist(), labels=[int(i) if m else -100 for i, m in zip(ids, mask)])
                                  for ids, mask in documents])
     model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    args = SFTConfig(per_device_train_batch_size=CHATS_PER_STEP, max_length=None, **trl_settings(folder, num_steps))
+    result = trl_train(SFTTrainer, model=model, args=args, train_dataset=dataset, processing_class=trl_tokenizer(folder))
+    sizes = [len(ids) - 1 for ids, _ in documents]
+    return result | dict(tokens=[sum(sizes[i:i + CHATS_PER_STEP]) for i in range(0, len(sizes), CHATS_PER_STEP)])
+
+
+def trl_settings(folder, num_steps):
+    return dict(output_dir=f"{folder}/trl", max_steps=num_steps, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0,
+                weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0, optim="adamw_torch", train_sampling_strategy="sequential",
+                report_to="none", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+                logging_strategy="no", seed=0, data_seed=0)
+
+
+def trl_tokenizer(folder):
+    import transformers
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/model/tokenizer.json", pad_token="<|endoftext|>",
+                                                eos_token="<|im_end|>")
+
+
+def trl_train(trainer, **options):
+    """-> {"losses", "seconds"} of each step. options: of the trainer class."""
+    import transformers
     losses, seconds = [], []
 
     class Timer(transformers.TrainerCallback):
@@ -107,41 +139,32 @@ def trl_steps(folder, num_steps):
         def on_step_end(self, *args, **kwargs):
             seconds.append(time.perf_counter() - self.start)
 
-    class Recorder(SFTTrainer):
+    class Recorder(trainer):
         def compute_loss(self, *args, **kwargs):
             result = super().compute_loss(*args, **kwargs)
             losses.append((result[0] if isinstance(result, tuple) else result).detach())
             return result
 
-    args = SFTConfig(output_dir=f"{folder}/trl", max_steps=num_steps, per_device_train_batch_size=CHATS_PER_STEP, learning_rate=1e-3,
-                     lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0, optim="adamw_torch",
-                     train_sampling_strategy="sequential", report_to="none", use_cpu=True, bf16=False, fp16=False,
-                     gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, logging_strategy="no", max_length=None, seed=0,
-                     data_seed=0)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/model/tokenizer.json", pad_token="<|endoftext|>",
-                                                     eos_token="<|im_end|>")
-    Recorder(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Timer()]).train()
-    sizes = [len(ids) - 1 for ids, _ in documents]
-    tokens = [sum(sizes[i:i + CHATS_PER_STEP]) for i in range(0, len(sizes), CHATS_PER_STEP)]
-    return dict(losses=[x.item() for x in losses], seconds=seconds, tokens=tokens)
+    Recorder(callbacks=[Timer()], **options).train()
+    return dict(losses=[x.item() for x in losses], seconds=seconds)
 
 
 def bench_sft(cfg):
-    methods = [m for m in SFT_METHODS if not m.startswith("trl") or importlib.util.find_spec("trl")]
-    for missing in set(SFT_METHODS) - set(methods):
+    return side_by_side("sft", cfg, lambda folder: write_chats(f"{folder}/chats.jsonl", 600))
+
+
+def side_by_side(group, cfg, write_data):
+    """temper padded, temper packed and TRL padded in turn, on one checkpoint and the data that write_data(folder) leaves -> their times."""
+    methods = [m for m in METHODS if not m.startswith("trl") or importlib.util.find_spec("trl")]
+    for missing in set(METHODS) - set(methods):
         print(f"{missing}: TRL is not installed (pip install -r requirements-peers.txt), left out")
     runs = {m: [] for m in methods}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Tokenizer.bytes()
-        model = Transformer(config_for_size(cfg.size, tokenizer.vocab_size)).init_weights(0)
-        generator = torch.Generator().manual_seed(1)
-        for p in model.parameters():                            # residual outputs start at zero; let every weight matter from the first step
-            p.data.add_(torch.randn(p.shape, generator=generator) * 0.02 if p.ndim == 2 else 0)
-        checkpoint.save_hf(model, tokenizer, f"{folder}/model")
-        write_chats(f"{folder}/chats.jsonl", 600)
+        save_model(cfg, f"{folder}/model", 1)
+        write_data(folder)
         for _ in range(cfg.rounds):
             for method in methods:
-                runs[method].append(in_process("sft", method, folder, cfg))
+                runs[method].append(in_process(group, method, folder, cfg))
 
     first = {m: r[0] for m, r in runs.items()}
     rows, ours = {}, first["temper padded"]
@@ -169,6 +192,15 @@ def bench_sft(cfg):
     return result
 
 
+def save_model(cfg, path, seed):
+    tokenizer = Tokenizer.bytes()
+    model = Transformer(config_for_size(cfg.size, tokenizer.vocab_size)).init_weights(0)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():                                # residual outputs start at zero; let every weight matter from the first step
+        p.data.add_(torch.randn(p.shape, generator=generator) * 0.02 if p.ndim == 2 else 0)
+    checkpoint.save_hf(model, tokenizer, path)
+
+
 def in_process(group, method, folder, cfg):
     """One method in a fresh process, working in `folder` so that nothing is left behind."""
     env = os.environ | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled", HF_HUB_OFFLINE="1", PYTHONPATH=str(Path(__file__).parent),
@@ -178,6 +210,339 @@ def in_process(group, method, folder, cfg):
     if done.returncode:
         raise RuntimeError(f"{method} failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# -----------------------------------------------------------------------------
+# dpo: an answer against that to another request, after 0 to 3 earlier exchanges; 8 pairs a step. The reference is another model than the
+# policy: else the first loss would be ln 2 whatever is computed
+
+PAIRS_PER_STEP = 8
+
+
+def write_pairs(folder, num, cfg):
+    save_model(cfg, f"{folder}/reference", 2)
+    tasks = [toy.conversations(task, seed=1, num=8 * num) for task in ("chat_en", "chat_ko", "code")]
+    with open(f"{folder}/pairs.jsonl", "w") as f:
+        for i in range(num):
+            exchanges = [next(tasks[i % 3])["messages"] for _ in range(1 + i * 7 % 4)]
+            other = next(tasks[i % 3])["messages"][-1:]
+            f.write(json.dumps(dict(prompt=sum(exchanges, [])[:-1], chosen=exchanges[-1][-1:], rejected=other)) + "\n")
+
+
+def dpo_worker(method, folder, cfg):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    num_steps = cfg.warmup + cfg.steps
+    config = train_dpo.Config(init=f"{folder}/model", ref=f"{folder}/reference", pairs=f"{folder}/pairs.jsonl", method="sigmoid", beta=0.1,
+                              lr=1e-3, pairs_per_step=PAIRS_PER_STEP, device_batch_size=PAIRS_PER_STEP, num_steps=num_steps, num_epochs=100,
+                              warmup_steps=0, decay_share=0.0, val_fraction=0.0, eval_every=0, max_prompt_tokens=2048, max_new_tokens=1024,
+                              pack=method == "temper packed")
+    # TRL is given what temper trains on, in that order
+    data, _, _ = train_dpo.read_pairs(config, Tokenizer.from_file(f"{folder}/model"))
+    order = shuffled(np.arange(PAIRS_PER_STEP * num_steps), len(data.good) // 2, 0, "order").tolist()
+    if method == "trl padded":
+        result = trl_dpo(folder, num_steps, [data.sequences[2 * i:2 * i + 2] for i in order])
+    else:
+        train_dpo.main(config)
+        lines = [line for line in read_jsonl("out/dummy/metrics.jsonl") if "train/loss" in line]
+        result = dict(losses=[line["train/loss"] for line in lines], seconds=[line["time/step"] for line in lines])
+    sizes = [len(ids) - 1 for i in order for ids, _ in data.sequences[2 * i:2 * i + 2]]
+    per_step = 2 * PAIRS_PER_STEP
+    return result | dict(tokens=[sum(sizes[i:i + per_step]) for i in range(0, len(sizes), per_step)],
+                         memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def trl_dpo(folder, num_steps, pairs):
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    records = []
+    for chosen, rejected in pairs:
+        start = int(chosen[1].argmax())
+        records.append(dict(prompt_ids=chosen[0][:start].tolist(), chosen_ids=chosen[0][start:].tolist(),
+                            rejected_ids=rejected[0][start:].tolist()))
+
+    class Tokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):             # ids, not text
+            return dataset
+
+    load = lambda name: transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float32)
+    args = DPOConfig(per_device_train_batch_size=PAIRS_PER_STEP, max_length=None, beta=0.1, loss_type="sigmoid", disable_dropout=True,
+                     precompute_ref_log_probs=True, **trl_settings(folder, num_steps))
+    return trl_train(Tokenized, model=load("model"), ref_model=load("reference"), args=args, train_dataset=Dataset.from_list(records),
+                     processing_class=trl_tokenizer(folder))
+
+
+def bench_dpo(cfg):
+    return side_by_side("dpo", cfg, lambda folder: write_pairs(folder, PAIRS_PER_STEP * (cfg.warmup + cfg.steps), cfg))
+
+
+# -----------------------------------------------------------------------------
+# grpo, ppo: prompts of a toy task, responses of one forced length (no id ends one, in any method), a reward that is a function of the sample's
+# number. Samplers differ, so in the warm-up TRL is handed the completions that temper sampled, after it sampled its own: losses, gradient norms
+# and entropy must then agree. Every later step is each method's own. Prompts are read and logs written outside the timed step, by all
+
+# prompts, samples of each (as many as the method takes by default), tokens of a response: once where overhead counts, once where arithmetic does
+RL_SHAPES = {"grpo": ((1, 8, 32), (8, 8, 64)), "ppo": ((2, 4, 32), (16, 4, 64))}
+RL_PEERS = {"grpo": "trl", "ppo": "trl-1.12"}
+PPO_PEER = Path(__file__).parent / "out/peers/trl-1.12.0"
+PPO_UPDATES, RL_LR, RL_TASK = 4, 1e-4, "math_en"
+
+
+class Clock:
+    """Seconds of each part of each step: [of the wall, of this process's CPU]. One thread that waits for nothing: they differ where the machine
+    does something else meanwhile."""
+    now = staticmethod(lambda: np.array([time.perf_counter(), time.process_time()]))
+
+    def __init__(self):
+        self.parts = {part: [] for part in ("step", "generate", "score", "update")}
+
+    def begin(self):
+        self.start = self.now()
+
+    def generate(self, function, *args, **options):
+        start = self.now()
+        found = function(*args, **options)
+        self.parts["generate"].append(self.now() - start)
+        return found
+
+    def scored(self):
+        self.parts["score"].append(self.now() - self.start - self.parts["generate"][-1])
+
+    def end(self):
+        self.parts["step"].append(self.now() - self.start)
+        self.parts["update"].append(self.parts["step"][-1] - self.parts["generate"][-1] - self.parts["score"][-1])
+
+    def seconds(self):
+        return {part: [x.tolist() for x in values] for part, values in self.parts.items()}
+
+
+def rl_rewards(num, num_samples):
+    """Of samples 0 to num - 1, group after group: better and worse ones in every group."""
+    return [float((i // num_samples + i) % 3 == 0) - 0.25 * (i % 2) for i in range(num)]
+
+
+def rl_temper(group, shape, folder, cfg):
+    """train_rl.py as it is, but for the rewards and for what ends a response. Leaves its prompts and completions in samples.json."""
+    (num_prompts, num_samples, num_tokens), clock, rounds = shape, Clock(), []
+    num_steps, play, metrics = cfg.warmup + cfg.steps, train_rl.collect, train_rl.rollout_metrics
+
+    def collect(*args):
+        clock.begin()
+        kept, groups = play(*args)
+        rounds.append([(a.ids[:a.mask.index(1)], a.ids[a.mask.index(1):]) for g in groups for a in g])
+        return kept, groups
+
+    def order(indices, num, seed, what, *keys):                 # of minibatches: asked for when all but the update is done
+        if what == "minibatch":
+            clock.scored()
+        return shuffled(indices, num, seed, what, *keys)
+
+    def rollout_metrics(*args):                                 # the first thing that is no step any more
+        clock.end()
+        return metrics(*args)
+
+    fixed = lambda samples: [rewards.Score(r, Outcome.RIGHT) for r in rl_rewards(len(samples), num_samples)]
+    train_rl.open_rewards = lambda *args, **options: [{"fixed": (fixed, 1.0)}]
+    train_rl.collect, train_rl.shuffled, train_rl.rollout_metrics = collect, order, rollout_metrics
+    rollouts.generate = lambda *args, **options: clock.generate(engine.generate, *args, stop_ids=set(), **options)
+    batch = num_prompts * num_samples
+    config = train_rl.Config(init=f"{folder}/model", data=RL_TASK, num_prompts=64, eval_problems=0, eval_every=0, preflight=0, group_size=num_samples,
+                             prompts_per_step=num_prompts, max_new_tokens=num_tokens, num_steps=num_steps, warmup_steps=0, lr=RL_LR,
+                             device_batch_size=batch, log_rollouts=0, method="grpo_mean", clip_low=.2, clip_high=.28)
+    if group == "ppo":
+        config = replace(config, method="ppo", clip_high=.2, num_minibatches=PPO_UPDATES, critic_lr=RL_LR, critic_warmup=0, kl_coef=.05, lam=.95,
+                         lam_value=.95, value_clip=.2, max_grad_norm=1e9)
+    train_rl.main(config)
+    Path(f"{folder}/samples.json").write_text(json.dumps(rounds))
+    lines = [line for line in read_jsonl("out/dummy/metrics.jsonl") if "train/loss" in line]
+    names = ["train/loss", "train/grad_norm", "train/entropy"] + ["critic/loss", "critic/grad_norm"] * (group == "ppo")
+    return clock.seconds() | dict(computed={name: [line[name] for line in lines] for name in names})
+
+
+def rl_worker(method, folder, cfg):
+    """-> {"step", "generate", "score", "update": seconds of each step (Clock), "computed": {name: number of each step}, "memory_mb"}."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name, group, shape = method.split()
+    shape = tuple(map(int, shape.split("x")))
+    if name == "temper":
+        result = rl_temper(group, shape, folder, cfg)
+    else:
+        result = (trl_ppo if group == "ppo" else trl_grpo)(shape, folder, cfg)
+    return result | dict(memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def trl_grpo(shape, folder, cfg):
+    import transformers
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    (num_prompts, num_samples, num_tokens), clock = shape, Clock()
+    num_steps, rounds = cfg.warmup + cfg.steps, json.loads(Path(f"{folder}/samples.json").read_text())
+    computed = {key: [] for key in ("train/loss", "train/grad_norm", "train/entropy")}
+
+    class Timed(GRPOTrainer):
+        def _tokenize_prompts(self, prompts):                   # ids, not text
+            return [rounds[int(p) // num_prompts][int(p) % num_prompts * num_samples][0] for p in prompts], None, {}
+
+        def _generate_single_turn(self, *args, **options):
+            ids, logps = clock.generate(super()._generate_single_turn, *args, **options)
+            assert {len(x) for x in ids} == {num_tokens}, "a response ended early"
+            step = len(clock.parts["step"])
+            return [response for _, response in rounds[step]] if step < cfg.warmup else ids, logps
+
+        def _generate_and_score_completions(self, *args):
+            batch = super()._generate_and_score_completions(*args)
+            clock.scored()
+            return batch
+
+        def compute_loss(self, *args, **options):
+            loss = super().compute_loss(*args, **options)
+            computed["train/loss"].append(loss.item())
+            computed["train/entropy"].append(self._metrics["train"]["entropy"][-1])
+            return loss
+
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            computed["train/grad_norm"].append(norm.item())
+            return norm
+
+    class Timer(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **options):
+            clock.begin()
+
+        def on_step_end(self, *args, **options):
+            clock.end()
+
+    args = GRPOConfig(per_device_train_batch_size=num_prompts * num_samples, num_generations=num_samples, steps_per_generation=1,
+                      max_completion_length=num_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", scale_rewards="none",
+                      epsilon=.2, epsilon_high=.28, num_iterations=1, use_vllm=False, mask_truncated_completions=False, shuffle_dataset=False,
+                      **trl_settings(folder, num_steps) | dict(learning_rate=RL_LR))
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    trainer = Timed(model=model, args=args, train_dataset=Dataset.from_dict(dict(prompt=[str(i) for i in range(num_prompts * num_steps)])),
+                    processing_class=trl_tokenizer(folder), callbacks=[Timer()],
+                    reward_funcs=lambda completions, **_: rl_rewards(len(completions), num_samples))
+    trainer.eos_token_ids = []
+    trainer.generation_config.eos_token_id = model.generation_config.eos_token_id = None
+    trainer.train()
+    return clock.seconds() | dict(computed=computed)
+
+
+def trl_ppo(shape, folder, cfg):
+    """TRL's PPOTrainer samples one response to each query, so queries are repeated. By design it differs from temper in two things: one optimizer
+    takes the sum of both losses (two optimizers do the same where no gradient is clipped, and this trainer clips none), and the old policy's
+    log-probabilities are the sampler's (temper finds them with a forward pass of the trainer, which its time includes)."""
+    sys.path.insert(0, str(PPO_PEER))
+    import transformers
+    import trl.experimental.ppo.ppo_trainer as peer
+    from datasets import Dataset
+    (num_prompts, num_samples, num_tokens), clock = shape, Clock()
+    batch, num_steps, rounds = num_prompts * num_samples, cfg.warmup + cfg.steps, json.loads(Path(f"{folder}/samples.json").read_text())
+    tokenizer = trl_tokenizer(folder)
+    tokenizer.add_special_tokens(dict(pad_token="<|padding|>"))             # an id beyond the model's: TRL takes all of that id for padding
+    computed, norms = {}, {"train/grad_norm": [], "critic/grad_norm": []}
+    generate, reward = peer.batch_generation, peer.get_reward
+
+    def batch_generation(model, queries, size, pad, generation_config):
+        clock.begin()
+        ids, logits = clock.generate(generate, model, queries, size, pad, generation_config)
+        assert ids.shape[1] == queries.shape[1] + num_tokens, "a response ended early"
+        if len(clock.parts["step"]) < cfg.warmup:
+            ids = torch.cat([queries, torch.tensor([response for _, response in rounds[len(clock.parts["step"])]])], 1)
+            logits = peer.forward(model, ids, pad).logits[:, queries.shape[1] - 1:-1]
+        return ids, logits
+
+    def get_reward(model, ids, *args):
+        return (None, torch.tensor(rl_rewards(len(ids), num_samples)), None) if model is trainer.reward_model else reward(model, ids, *args)
+
+    def order(num):                                             # of minibatches, temper's; asked for when all but the update is done
+        clock.scored()
+        return shuffled(np.arange(num), num, 0, "minibatch", len(clock.parts["step"]), 0)
+
+    class Quiet(peer.PPOTrainer):
+        def log(self, metrics, *args):                          # after the last update of a step
+            clock.end()
+            found = {"train/loss": metrics["loss/policy_avg"], "critic/loss": metrics["loss/value_avg"],
+                     "train/entropy": metrics["policy/entropy_avg"]}
+            for name, value in (found | {name: statistics.mean(values) for name, values in norms.items() if values}).items():
+                computed.setdefault(name, []).append(value)
+            norms.update({name: [] for name in norms})
+
+    def before_update(*args):
+        if len(clock.parts["step"]) < cfg.warmup:               # this trainer computes no norm: the timed steps are without
+            for name, module in (("train/grad_norm", model), ("critic/grad_norm", critic)):
+                norms[name].append(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item())
+
+    peer.batch_generation, peer.get_reward, np.random.permutation = batch_generation, get_reward, order
+    model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32) for _ in range(2))
+    critic = transformers.AutoModelForSequenceClassification.from_pretrained(f"{folder}/model", dtype=torch.float32, num_labels=1)
+    critic.score = torch.nn.Linear(critic.config.hidden_size, 1)
+    torch.nn.init.zeros_(critic.score.weight), torch.nn.init.zeros_(critic.score.bias)
+    args = peer.PPOConfig(per_device_train_batch_size=batch, gradient_accumulation_steps=1, total_episodes=batch * num_steps, num_ppo_epochs=1,
+                          num_mini_batches=PPO_UPDATES, response_length=num_tokens, temperature=1.0, kl_coef=.05, kl_estimator="k1", cliprange=.2,
+                          vf_coef=1.0, cliprange_value=.2, gamma=1.0, lam=.95, local_rollout_forward_batch_size=batch, num_sample_generations=0,
+                          **trl_settings(folder, num_steps) | dict(learning_rate=RL_LR))
+    queries = Dataset.from_dict(dict(input_ids=[[0]] * batch))
+    trainer = Quiet(args=args, processing_class=tokenizer, model=model, ref_model=ref, reward_model=torch.nn.Module(), value_model=critic,
+                    train_dataset=queries, eval_dataset=queries)
+    trainer.optimizer.optimizer.register_step_pre_hook(before_update)
+    pad = lambda prompts: [[tokenizer.pad_token_id] * (max(map(len, prompts)) - len(p)) + p for p in prompts]
+    trainer.dataloader = [dict(input_ids=torch.tensor(pad([prompt for prompt, _ in samples]))) for samples in rounds]
+    trainer.train()
+    return clock.seconds() | dict(computed=computed)
+
+
+def bench_rl(group, cfg, missing):
+    """temper and its peer in turn, for each shape -> their times. missing: why there is no peer, or nothing."""
+    names = ["temper", RL_PEERS[group]] if not missing else ["temper"]
+    if missing:
+        print(f"{RL_PEERS[group]}: {missing}, left out")
+    runs, result = {(shape, name): [] for shape in RL_SHAPES[group] for name in names}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(cfg, f"{folder}/model", 1)
+        for _ in range(cfg.rounds):
+            for shape, name in runs:
+                runs[shape, name].append(in_process(group, f"{name} {group} {'x'.join(map(str, shape))}", folder, cfg))
+    for shape in RL_SHAPES[group]:
+        found, title = {name: runs[shape, name] for name in names}, "{} x {} x {} tokens".format(*shape)
+        row = result[title] = {name: rl_times(name, rs, cfg) for name, rs in found.items()}
+        print(title)
+        for name, times in row.items():
+            print(f"{name:>10}  " + "  ".join(f"{part} {times[part]['p50']:.1f} ms [{times[part]['p25']:.1f}, {times[part]['p75']:.1f}]"
+                                              for part in ("step", "generate", "score", "update"))
+                  + f"  CPU {times['cpu']['p50']:.1f} ms  +{times['memory_mb']:.0f} MB")
+        if missing:
+            continue
+        ours, theirs = found.values()
+        row["gaps"] = {}
+        for key, values in ours[0]["computed"].items():
+            row["gaps"][key] = gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(values[:cfg.warmup], theirs[0]["computed"][key])]
+            print(f"{key}, on the same samples: {values[0]:.6f} and {theirs[0]['computed'][key][0]:.6f}, apart by {gaps[0]:.1e}; the largest of "
+                  f"{len(gaps)} steps {max(gaps):.1e}")
+        if max(gaps[0] for gaps in row["gaps"].values()) > 1e-5:
+            raise AssertionError("the first steps differ by more than 1e-5: no time is reported for methods that compute different things")
+        for part, clock in (("step", 0), ("step", 1), ("generate", 1), ("update", 1)):
+            median = lambda r: statistics.median(x[clock] for x in r[part][cfg.warmup:])
+            ratios = [median(a) / median(b) for a, b in zip(ours, theirs)]
+            row[f"{part}_{('time', 'cpu')[clock]}_ratio"] = summarize(ratios)
+            print(f"{part}, {('time', 'CPU time')[clock]}, temper / {names[1]}: {statistics.median(ratios):.3f} "
+                  f"(rounds: {', '.join(f'{x:.3f}' for x in ratios)})")
+    return result
+
+
+def rl_times(name, runs, cfg):
+    """-> milliseconds of the wall of each part, and of CPU of the step, medians and quartiles over the timed steps of all rounds."""
+    of = lambda part, clock: {k: v * 1e3 for k, v in summarize([x[clock] for r in runs for x in r[part][cfg.warmup:]]).items()}
+    return {part: of(part, 0) for part in ("step", "generate", "score", "update")} | dict(
+        cpu=of("step", 1), memory_mb=statistics.median(r["memory_mb"] for r in runs))
+
+
+def bench_grpo(cfg):
+    return bench_rl("grpo", cfg, "" if importlib.util.find_spec("trl") else "TRL is not installed (pip install -r requirements-peers.txt)")
+
+
+def bench_ppo(cfg):
+    there = (PPO_PEER / "trl").exists() and importlib.util.find_spec("transformers")
+    return bench_rl("ppo", cfg, "" if there else "not installed (pip install -r requirements-peers.txt, then pip install --no-deps "
+                    f"--target={PPO_PEER} trl==1.12.0)")
 
 
 # -----------------------------------------------------------------------------
@@ -253,7 +618,8 @@ def bench_sandbox(cfg):
     return dict(tier=tier, milliseconds=rows, ratio=ratios)
 
 
-GROUPS = {"sft": bench_sft, "head": bench_head, "sandbox": bench_sandbox}
+WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker}
+GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "head": bench_head, "sandbox": bench_sandbox}
 
 
 def main(cfg, groups):
@@ -272,7 +638,7 @@ def main(cfg, groups):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["worker"]:
-        print(json.dumps(sft_worker(sys.argv[3], sys.argv[4], parse_config(Config, sys.argv[5:]))))
+        print(json.dumps(WORKERS[sys.argv[2]](sys.argv[3], sys.argv[4], parse_config(Config, sys.argv[5:]))))
     else:
         names = [a for a in sys.argv[1:] if not a.startswith("-")]
         unknown = [n for n in names if n not in GROUPS]

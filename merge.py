@@ -37,7 +37,7 @@ from tokenizer import Tokenizer
 class Config:
     base: str = ""                   # the checkpoint that all models were trained from: out/<name>, a step folder, or Hugging Face's
     models: str = ""                 # checkpoints to merge, comma-separated
-    how: Literal["ties", "linear", "task", "ram", "ram_plus"] = "ties"
+    how: Literal["ties", "linear", "task", "ram", "ram_plus"] = "ties"      # the method; see the functions of these names
     out: str = ""                    # folder of the merged checkpoint
     weights: str = ""                # linear: one number per model, their sum 1, e.g. .7,.3; empty: equal
     lam: float = 1.0                 # task, ties: scale of the merged change; below 1 stays nearer to the base. Sweep .3 to 1 for task

@@ -18,7 +18,9 @@ class Config:
 
 
 STAGES = {"base": "base", "mid_r0": "mid, no replay", "mid_r20": "mid, 20 % replay", "sft": "SFT"}
-COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft": "#3a7d44", "round 0": "#edae49", "round 1": "#00798c"}
+RL = {"rl_logic": "GRPO on the logic track", "rl_chat": "GRPO on the chat track", "merged": "merged"}
+COLORS = {"base": "#777777", "mid_r0": "#d1495b", "mid_r20": "#2e86ab", "sft": "#3a7d44", "round 0": "#edae49", "round 1": "#00798c",
+          "rl_logic": "#8f2d56", "rl_chat": "#218380", "merged": "#fbb13c"}
 
 
 def series(root, stage, key):
@@ -45,18 +47,18 @@ def interval_bars(ax, results, tasks, names):
         rs = [next(r for r in results[name] if r["task"] == t) for t in tasks]
         x = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(tasks))]
         errors = [[r["value"] - r["low"] for r in rs], [r["high"] - r["value"] for r in rs]]
-        ax.bar(x, [r["value"] for r in rs], 0.8 / len(names), yerr=errors, label=STAGES.get(name, name), color=COLORS[name], capsize=2,
+        ax.bar(x, [r["value"] for r in rs], 0.8 / len(names), yerr=errors, label=(STAGES | RL).get(name, name), color=COLORS[name], capsize=2,
                error_kw=dict(lw=0.8))
     ax.set_xticks(range(len(tasks)), [t.replace("@test_template", "\nnew wording").replace("@test_schema", "\nnew names") for t in tasks])
     ax.set_ylim(0, 1.05)
 
 
-def picture(root, mid, sft, rounds, path):
+def picture(root, mid, sft, rounds, rl, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 4, figsize=(20, 8.5))
-    (loss, forgetting, retention, success), (text, by_source, tasks, by_level) = axes
+    fig, axes = plt.subplots(3, 4, figsize=(20, 12.5))
+    (loss, forgetting, retention, success), (text, by_source, tasks, by_level), (score, entropy, length, tracks) = axes
 
     start = 0
     for stage in ("base", "mid_r0", "mid_r20"):
@@ -102,6 +104,15 @@ def picture(root, mid, sft, rounds, path):
         by_level.bar([j + 0.4 * i for j in range(len(levels))], levels.values(), 0.36, label=name, color=COLORS[name])
     by_level.set_xticks([j + 0.2 * (len(results) - 1) for j in range(len(levels))], [f"level {level}" for level in levels])
     by_level.set(title=f"{rounds[0]['results'][0]['task']}: success by level", ylabel="share right", ylim=(0, 1.05))
+
+    for ax, key, title, label in ((score, "rollout/score", "RL: reward of sampled answers", "mean reward"), (entropy, "train/entropy", "RL: entropy", "nats per token"),
+                                  (length, "rollout/response_length", "RL: length of answers", "tokens, tool results included")):
+        for name in ("rl_logic", "rl_chat"):
+            ax.plot(*series(root, name, key), color=COLORS[name], label=RL[name])
+        ax.set(title=title, xlabel="step", ylabel=label)
+        ax.set_ylim(bottom=0)
+    interval_bars(tracks, rl, [r["task"] for r in rl["sft"]], list(rl))
+    tracks.set(title="Parallel RL: each track alone, and merged", ylabel="share right, 95 % interval")
 
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -151,9 +162,13 @@ def main(cfg):
     mid, math, rest = (short(json.loads((root / folder / "eval.json").read_text())) for folder in ("eval_mid", "eval_math", "eval_rest"))
     sft = {name: math[name] + rest[name] for name in math}
     rounds = json.loads((root / "rounds" / "rounds.json").read_text())
-    picture(root, mid, sft, rounds, root / "report.png")
-    runs = [f"| {STAGES[s]} | {len(series(root, s, 'train/loss')[0])} | {series(root, s, 'train/tokens')[1][-1]:,} | "
+    rl = short(json.loads((root / "eval_rl" / "eval.json").read_text()))
+    picture(root, mid, sft, rounds, rl, root / "report.png")
+    runs = [f"| {STAGES[s]} | {len(series(root, s, 'train/loss')[0])} | {series(root, s, 'train/tokens')[1][-1]:,} trained tokens | "
             f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in STAGES]
+    runs += [f"| {RL[s]} | {len(series(root, s, 'rollout/score')[0])} | {series(root, s, 'rollout/samples')[1][-1]:,} samples | "
+             f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in ("rl_logic", "rl_chat")]
+    merged = json.loads((root / "merged" / "merge.json").read_text())
     text = f"""# Quickstart report
 
 ![learning curves, retention against gain, accuracies](report.png)
@@ -191,16 +206,25 @@ the demonstrations, and it is trained again from where it was before (round 1). 
 
 Every answer with the reason why it was kept or not: `{root}/rounds/round_0/rollouts.jsonl`
 
+## Parallel RL
+
+The model after SFT is trained by GRPO on two tracks apart: logic (word problems, rewarded when call and answer are right) and chat (instructions, rewarded when
+every constraint holds). `merge.py --how={merged["settings"]["how"]}` adds both changes to the model they started from.
+
+{evaluation.table(rl)}
+
+Page through the sampled answers with their rewards: `.venv/bin/python chat.py --rollouts={root}/rl_logic`
+
 ## Runs
 
-| stage | steps | trained tokens | seconds of training |
+| stage | steps | data | seconds of training |
 |---|---|---|---|
 {chr(10).join(runs)}
 
 Talk to the model: `.venv/bin/python chat.py --init={root}/sft`
 """
     write_atomically(root / "report.md", text)
-    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds)]))
+    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl)]))
     print(json.dumps(dict(report=str(root / "report.md"), picture=str(root / "report.png"))))
 
 

@@ -59,6 +59,9 @@ class Config:
     num_prompts: int = 1000          # problems of each task that makes its own; files give all they have
     track_mix: str = ""              # share of a step's prompts by track, e.g. logic:.5,chat:.5; empty: equal
     track_weight: str = ""           # weight of each track's loss; empty: equal
+    max_prompt_tokens: int = 512     # longer prompts are left out and counted
+    max_new_tokens: int = -1         # bound on a rollout, tool results included; auto: the largest of the tasks' own
+    val_fraction: float = 0.05       # share of a file's rows held out
     rewards: str = "grader"          # grader, file, judge, weighted as in grader:1,judge:.5 and by track as in logic/grader,chat/judge
     grader: str = ""                 # of rows in files: exact | gsm8k | math | ifeval | code | none; empty: by their data_source
     reward_file: str = ""            # your Python file with a reward function (Bedrock's and SageMaker's contract, or verl's)
@@ -73,22 +76,21 @@ class Config:
     log_filter: str = ""             # of invocation logs: JSON with equals, notEquals, andAll or orAll
     log_bodies: str = ""             # folder with bodies that a log keeps elsewhere
     use_prompt_response: bool = False            # the logged response becomes the reference answer
+    max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     reward_check: int = 0            # problems whose references, and others' references, the rewards score before training; 0: none
-    max_prompt_tokens: int = 512     # longer prompts are left out and counted
-    max_new_tokens: int = -1         # bound on a rollout, tool results included; auto: the largest of the tasks' own
-    val_fraction: float = 0.05       # share of a file's rows held out
     solve_samples: int = 0           # answers to each prompt before training; prompts outside --solve_range are then left out; 0: off
     solve_range: str = ".2:.8"       # share of right answers, lowest and highest
     # the algorithm; auto: by method, see METHODS
-    method: Literal["grpo_mean", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"] = "grpo_mean"
+    method: Literal["grpo_mean", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"] = "grpo_mean"     # a row of METHODS
     group_size: int = -1             # G, answers to each prompt; auto: 8, ppo 4
     prompts_per_step: int = -1       # P; auto: a sixteenth of the prompts as a power of two, 8 to 64
+    temperature: float = 1.0         # of sampling; log-probabilities are of the sampled distribution
     baseline: str = "auto"           # taken off a reward: mean (of its group) | others (leaves itself out) | none
     adv_scale: str = "auto"          # advantages are divided by: none | group | batch (standard deviations)
     aggregate: str = "auto"          # token_mean | seq_mean (of each sequence's mean) | constant (tokens / max_new_tokens)
     ratio: str = "auto"              # token | sequence (GSPO) | cispo
     clip_low: float = -1.0           # the ratio is clipped to [1 - low, 1 + high]; auto: by method
-    clip_high: float = -1.0          # higher lets rare tokens grow
+    clip_high: float = -1.0          # higher lets rare tokens grow; auto: by method
     cispo_cap: float = 5.0           # CISPO's bound on the ratio
     dual_clip: float = 0.0           # bound on the loss where the advantage is negative, e.g. 3; 0: off
     kl_coef: float = -1.0            # strength of the pull to the reference; auto: 0, ppo .001
@@ -113,16 +115,15 @@ class Config:
     # length of the run and optimization
     num_steps: int = -1              # rounds; auto: by num_epochs
     num_epochs: int = -1             # passes over the prompts; auto: 6 below 1,000 prompts, 3 below 5,000, else 1
-    lr: float = -1.0                 # peak rate of AdamW; auto: 3e-4 below 20M parameters, 1e-6 up to 3B, LoRA 3e-5
+    device_batch_size: int = 16      # rows per forward pass and device: lower when memory runs out, the result stays the same; auto: as many as fit
+    lr: float = -1.0                 # peak rate of AdamW; auto: 1e-3 below 20M parameters, 1e-6 up to 3B, LoRA 3e-5
     weight_decay: float = 0.0        # on matrices
     warmup_steps: int = 10           # steps of linear warm-up
     decay_share: float = 0.0         # the last share of the run goes linearly to rate 0
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
-    temperature: float = 1.0         # of sampling; log-probabilities are of the sampled distribution
     # machine
-    device_batch_size: int = 16      # sequences per forward pass and device: the result stays the same; auto: as many as memory holds
-    slots: int = 128                 # rollouts sampled at once
     pack: bool = False               # several sequences to a row; false: sorted by length, one each
+    slots: int = 128                 # rollouts sampled at once
     tool_timeout: float = 60.0       # seconds until a call is given up; its rollout ends there
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
@@ -131,7 +132,6 @@ class Config:
     # guards
     preflight: int = 64              # prompts sampled before training to see whether there is anything to learn; 0: none
     force: bool = False              # go on where the preflight or a guard says stop
-    max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     max_engine_kl: float = 0.05      # sampler against trainer, nats per token: above it the run stops
     # looking and keeping
     eval_every: int = -1             # steps between evaluations, 0: only at the end; auto: an epoch, at most 10
@@ -163,6 +163,12 @@ METHODS = {
 CHOICES = dict(baseline=("mean", "others", "none"), adv_scale=("none", "group", "batch"), aggregate=("token_mean", "seq_mean", "constant"),
                ratio=("token", "sequence", "cispo"), dynamic_sampling=("off", "drop", "refill"),
                kl_form=("k1_reward", "k2_loss", "k3_rho_loss", "k3_loss"))
+
+
+# what a run that goes on may do otherwise than the one that stopped
+MAY_CHANGE = ("name", "num_steps", "num_epochs", "device_batch_size", "pack", "slots", "tool_timeout", "sandbox", "recompute", "compile", "preflight",
+              "force", "max_grader_error", "max_engine_kl", "reward_check", "reward_timeout", "judge_retries", "eval_every", "eval_tasks", "eval_problems",
+              "log_rollouts", "save_every", "resume", "overwrite", "dry_run")
 
 
 def group_advantages(rewards, valid, baseline="mean", scale="none"):
@@ -316,7 +322,7 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
     auto = lambda key, value: getattr(cfg, key) if getattr(cfg, key) != -1 else value
     per_step = auto("prompts_per_step", max(8, 2 ** int(math.log2(max(1, min(64, num_prompts / 16))))))
     epochs = auto("num_epochs", 6 if num_prompts < 1000 else 3 if num_prompts < 5000 else 1)
-    lr = auto("lr", 3e-4 if parameters < 20e6 else 3e-5 if cfg.lora_rank else 7e-7 if parameters > 3.5e9 else 1e-6)
+    lr = auto("lr", 1e-3 if parameters < 20e6 else 3e-5 if cfg.lora_rank else 7e-7 if parameters > 3.5e9 else 1e-6)
     steps_per_epoch = max(1, num_prompts // per_step)
     cfg = replace(cfg, prompts_per_step=per_step, num_epochs=epochs, lr=lr, critic_lr=auto("critic_lr", 10 * lr),
                   num_steps=auto("num_steps", epochs * steps_per_epoch), eval_every=auto("eval_every", min(10, steps_per_epoch)),
@@ -525,9 +531,13 @@ def train(cfg):
     forward = torch.compile(wrapped) if cfg.compile else wrapped
     optimizers = make_optimizers(model, cfg.lr, 0.0, cfg.weight_decay)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr, 0.0, cfg.weight_decay) if ppo else []
-    state = dict(step=0, samples_seen=0, places=[0] * len(tracks), moments=[0.0, 0.0, 0.0])
+    state = dict(step=0, samples_seen=0, places=[0] * len(tracks), moments=[0.0, 0.0, 0.0], config=asdict(cfg), prompts=list(map(len, pools)))
     if resume:
-        state = checkpoint.restore(resume, model, optimizers + critic_optimizers, rank, world_size)
+        here, state = state, checkpoint.restore(resume, model, optimizers + critic_optimizers, rank, world_size)
+        was, now = (s["config"] | dict(prompts=s["prompts"]) for s in (state, here))
+        if changed := [f"{key} was {was.get(key)}, found {now[key]}" for key in now if key not in MAY_CHANGE and was.get(key) != now[key]]:
+            raise ValueError(f"--resume={cfg.resume}: {'; '.join(changed)}; resume with the settings of the saved run, or start a new one from its "
+                             "weights (--init)")
         if ppo:
             critic.load_state_dict(checkpoint.load_extra(resume))
     elif rank == 0:

@@ -58,10 +58,17 @@ class Config:
     replay_data: str = ""            # old sources, drawn with total share --replay
     replay: float = 0.0              # share of replayed tokens, 0 to 1: higher forgets less and costs tokens
     seq_len: int = 384               # tokens per row
-    pack: bool = True                # several documents per row, isolated from each other; false: one per row, padded
     long: Literal["error", "drop"] = "error"    # a conversation longer than a row stops the run, or is left out and counted
     cache: str = "out/cache"         # tokenized data is kept here
     num_demos: int = 0               # documents of each toy source; 0: 10,000
+    # rejection sampling
+    rounds: int = 0                  # 0: train once on --data; K: then K times sample, keep what is right, and train on both
+    pool: str = "math_en"            # tasks whose problems are sampled, e.g. math_en,tools/1; their train split
+    num_prompts: int = 400           # problems of each of them
+    num_samples: int = 8             # answers to each problem
+    temperature: float = 1.0         # of sampling
+    control: Literal["", "shuffled", "always_right"] = ""       # runs that must fail: kept answers change problems; every answer is kept
+    early_stop: bool = True          # stop after a round that gained less than a standard error on --eval_tasks
     # length of the run
     num_steps: int = 400             # optimizer steps, where neither of the next two is given
     new_tokens: int = 0              # trained tokens of --data; replay comes on top
@@ -75,17 +82,10 @@ class Config:
     warmup_steps: int = 20           # steps of linear warm-up
     decay_share: float = 0.4         # the last share of the run goes linearly to rate 0; 1: all of it
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
-    # rejection sampling
-    rounds: int = 0                  # 0: train once on --data; K: then K times sample, keep what is right, and train on both
-    pool: str = "math_en"            # tasks whose problems are sampled, e.g. math_en,tools/1; their train split
-    num_prompts: int = 400           # problems of each of them
-    num_samples: int = 8             # answers to each problem
-    temperature: float = 1.0         # of sampling
-    tool_timeout: float = 60.0       # seconds until a call is given up; its rollout ends there
-    control: Literal["", "shuffled", "always_right"] = ""       # runs that must fail: kept answers change problems; every answer is kept
-    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
-    early_stop: bool = True          # stop after a round that gained less than a standard error on --eval_tasks
     # machine
+    pack: bool = True                # several documents per row, isolated from each other; false: one per row, padded
+    tool_timeout: float = 60.0       # seconds until a call is given up; its rollout ends there
+    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     parallel: Literal["ddp", "fsdp"] = "ddp"    # under torchrun: whole copies, or FSDP2 shards
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     recompute: bool = False          # activation checkpointing: a third slower, most of the activation memory back

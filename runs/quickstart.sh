@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole recipe at toy size, on a CPU: base -> mid-training with and without replay -> SFT -> rejection sampling -> out/quickstart/report.md.
+# The whole recipe at toy size, on a CPU: base -> mid-training with and without replay -> SFT -> rejection sampling -> RL on two tracks, merged ->
+# out/quickstart/report.md.
 # No network, no GPU, no login. Independent stages run side by side, one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,6 +45,15 @@ rounds() { python train_sft.py --name=quickstart/rounds --init=$root/sft --data=
     --rounds=1 --pool=math_en --num_prompts=300 --num_samples=4 --early_stop=false --eval_problems=100 --eval_tasks=math_en,math_en@test_template \
     2>&1 | tee "$root/rounds.log" | grep --line-buffered -E '^round|Error'; }
 both rounds evaluation
+
+say "RL: the model after SFT on a logic and on a chat track, side by side, then merged (two and a half minutes)"
+rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --num_steps=24 --prompts_per_step=${3} --lr=1e-3 --eval_every=0 --eval_problems=60 \
+    2>&1 | tee "$root/rl_$1.log" | grep --line-buffered -E '^preflight|^step +[0-9]*[05]/|Error' | sed -u "s/^/$1 /"; }
+rl_logic() { rl logic math_en 12; }
+rl_chat()  { rl chat chat_en 24; }
+both rl_logic rl_chat
+python merge.py --base=$root/sft --models=$root/rl_logic,$root/rl_chat --how=task --out=$root/merged | grep -v '^{'
+logged "$root/eval_rl.log" python eval.py --init=$root/sft,$root/rl_logic,$root/rl_chat,$root/merged --num_problems=60 --tasks=math_en,chat_en --out=$root/eval_rl
 
 python report.py --root=$root
 say "done: $root/report.md, $root/report.png. Talk to it:  .venv/bin/python chat.py --init=$root/sft"

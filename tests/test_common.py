@@ -162,7 +162,7 @@ def disagreements(configs):
 
 
 # flags that are no algorithm's; the comment of, say, --data or --lr may say what it is in that script
-PLUMBING = {"name", "num_steps", "device_batch_size", "max_grad_norm", "parallel", "dtype", "recompute", "compile", "save_every", "resume",
+PLUMBING = {"name", "device_batch_size", "max_grad_norm", "parallel", "dtype", "recompute", "compile", "save_every", "resume",
             "overwrite", "dry_run"}
 
 

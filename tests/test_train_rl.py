@@ -398,7 +398,7 @@ def test_what_stands_at_mask_0_changes_no_loss():
 
 def test_defaults_by_method_size_and_data():
     tiny = resolve(Config(init="x"), 1e6, 1000, 112)
-    assert (tiny.lr, tiny.group_size, tiny.prompts_per_step, tiny.clip_low, tiny.clip_high, tiny.aggregate, tiny.adv_scale) == (3e-4, 8, 32, .2, .28, "token_mean", "none")
+    assert (tiny.lr, tiny.group_size, tiny.prompts_per_step, tiny.clip_low, tiny.clip_high, tiny.aggregate, tiny.adv_scale) == (1e-3, 8, 32, .2, .28, "token_mean", "none")
     large = resolve(Config(init="x"), 5e8, 7473, 400)
     assert (large.lr, large.prompts_per_step, large.num_epochs, large.num_steps, large.eval_every, large.kl_coef) == (1e-6, 64, 1, 116, 10, 0)
     assert resolve(Config(init="x", lora_rank=32), 5e8, 7473, 400).lr == 3e-5

@@ -124,7 +124,7 @@ def test_dry_run_prints_every_resolved_setting(models, capsys):
     prompt_file()
     train_rl.main(Config(**settings(models, dry_run=True, lr=-1.0, num_steps=-1, device_batch_size=-1, method="ppo")))
     out = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if len(line.split(None, 1)) == 2)
-    assert float(out["lr"]) == 3e-4 and float(out["critic_lr"]) == pytest.approx(3e-3) and out["adv_scale"] == "batch" and int(out["num_steps"]) > 0
+    assert float(out["lr"]) == 1e-3 and float(out["critic_lr"]) == pytest.approx(1e-2) and out["adv_scale"] == "batch" and int(out["num_steps"]) > 0
     assert int(out["device_batch_size"]) >= 1 and "critic" in out["memory_estimate_mb"] and not Path("out/dummy").exists()
 
 
@@ -132,16 +132,16 @@ def test_dry_run_prints_every_resolved_setting(models, capsys):
 # The gradient does not depend on how the batch is cut
 
 PROBE = """
-import sys, torch, train_rl
-from common import parse_config
-clip, grads = train_rl.clip_grad_norm, []
+import json, sys, torch, train_rl
+clip, grads, out = train_rl.clip_grad_norm, [], {}
 def probe(model, max_norm):
-    grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     return clip(model, max_norm)
 train_rl.clip_grad_norm = probe
-path = sys.argv.pop()
-train_rl.main(parse_config(train_rl.Config, sys.argv[1:]))
-torch.save(grads, path)
+for name, settings in json.loads(sys.argv[1]).items():
+    train_rl.main(train_rl.Config(**settings))
+    out[name], grads = grads, []
+torch.save(out, sys.argv[2])
 """
 
 CASES = {
@@ -172,17 +172,19 @@ def test_gradient_is_equal_for_every_micro_batch_and_packing(models, case, monke
             assert a.abs().max() > 1e-5 and (a - b).abs().max() <= 1e-6 * max(1.0, float(a.abs().max()))
 
 
-@pytest.mark.parametrize("case", ["grpo_mean", "ppo"])
-def test_gradient_is_equal_for_two_ranks(models, tmp_path, case):
+def test_gradient_is_equal_for_two_ranks(models, tmp_path):
     prompt_file()
     (tmp_path / "probe.py").write_text(PROBE)
+    cases = {name: settings(models, num_steps=1, max_new_tokens=24, device_batch_size=4, **case) for name, case in CASES.items()}
     found = []
     for ranks in (1, 2):
-        values = settings(models, num_steps=1, max_new_tokens=24, device_batch_size=4, **CASES[case])
-        run(str(tmp_path / "probe.py"), *flags(**values), str(tmp_path / f"{ranks}.pt"), ranks=ranks)
+        run(str(tmp_path / "probe.py"), json.dumps(cases), str(tmp_path / f"{ranks}.pt"), ranks=ranks)
         found.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
-    for a, b in zip(*found):
-        assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() <= 1e-6 * max(1.0, float(a[n].abs().max())) for n in a)
+    for name in cases:
+        one, two = found[0][name], found[1][name]
+        assert len(one) == len(two) == (2 if name == "ppo" else 1)
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() <= 1e-6 * max(1.0, float(a[n].abs().max())) for n in a), name
 
 
 # -----------------------------------------------------------------------------
@@ -236,6 +238,15 @@ def test_refill_samples_others_in_place_of_groups_without_spread(models):
     dropped = metrics()[0]
     assert dropped["rollout/kept_groups"] == 2 and dropped["rollout/samples"] == 16
     assert full["rollout/kept_groups"] > 2 and full["rollout/samples"] > 16
+
+
+def test_resume_refuses_settings_that_change_the_run(models):
+    prompt_file()
+    values = settings(models, num_steps=2, save_every=1)
+    train_rl.main(Config(**values))
+    with pytest.raises(ValueError, match=r"group_size was 4, found 2; .*lr was 0.001, found 0.01"):
+        train_rl.main(Config(**(values | dict(lr=1e-2, group_size=2, resume="latest", num_steps=3))))
+    assert train_rl.main(Config(**values | dict(num_steps=3, device_batch_size=2, resume="latest")))["steps"] == 3
 
 
 def test_perfectible_prompts_alone(models, capsys):
