@@ -28,14 +28,13 @@ import torch.nn.functional as F
 import checkpoint
 from common import (Logger, all_gather_list, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, progress, random_key,
                     setup_distributed)
-from data import prompts, sandbox, tasks, toy
-from data import rewards as reward_functions
-from data.grading import Outcome
+from data import prompts, sandbox, tasks
 from data.packing import micro_batches, sequence_batch, shuffled, token_offsets
+from data.rewards import open_rewards
 from kernels import linear_logprob
 from model import (Transformer, add_lora, clip_grad_norm, config_for_size, lora_off, make_optimizers, memory_estimate, num_params,
                    parallelize, set_gradient_sync)
-from rollouts import play
+from rollouts import as_line, check_grader_errors, play_for_rewards, rollout_metrics
 from tokenizer import Tokenizer
 
 
@@ -70,10 +69,11 @@ class Config:
     judge_model: str = ""            # the model's name on that server
     judge_retries: int = 2           # repeats after transport faults
     rubric: str = "instruction"      # instruction | summary | reasoning | faithfulness, or a file with {prompt} {answer} {reference}
+    max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     # the algorithm; auto: by method, see METHODS
     method: Literal["sigmoid_norm", "sigmoid", "ipo", "kto", "orpo", "simpo"] = "sigmoid_norm"
     beta: float = -1.0               # higher stays nearer to the reference; orpo: weight of the odds ratio; auto: by method
-    gamma: float = 1.4               # simpo: margin by which the chosen answer must lead
+    margin: float = 1.4              # simpo: margin by which the chosen answer must lead
     label_smoothing: float = 0.0     # sigmoid, sigmoid_norm: share of pairs that are believed to be labelled the wrong way round
     rpo_alpha: float = 0.0           # weight of the chosen answers' negative log-likelihood, .1 to 1: else their probability may fall
     kto_desirable: float = 1.0       # weight of desirable rows; raise the rarer kind's
@@ -86,7 +86,7 @@ class Config:
     # length of the run and optimization
     num_steps: int = -1              # optimizer steps; auto: by num_epochs, without --init at most 40
     num_epochs: int = -1             # passes over the pairs or prompts; auto: 1; online 6 below 1,000 prompts, 3 below 5,000
-    device_batch_size: int = 8       # pairs (kto: rows) per forward pass and device: lower when memory runs out, the result stays the same
+    device_batch_size: int = 8       # rows per forward pass and device (of pairs, two completions each): lower when memory runs out, the result stays the same
     lr: float = -1.0                 # peak rate of AdamW; auto: 3e-4 below 20M parameters, else by method and LoRA
     muon_lr: float = 0.0             # peak rate of Muon on the blocks' matrices; 0: AdamW trains everything
     weight_decay: float = 0.0        # on matrices
@@ -105,7 +105,6 @@ class Config:
     eval_every: int = -1             # steps between evaluations; 0: only at the end; auto: a tenth of the run
     eval_tasks: str = "auto"         # tasks of eval.py answered at each evaluation, e.g. math_en; auto: those of --data, if online
     eval_problems: int = 100         # problems per task
-    max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     save_every: int = 0              # steps between checkpoints; 0: only at the end
     resume: str = ""                 # latest, or a step folder: continue out/<name> exactly
     overwrite: bool = False          # delete the checkpoints of an earlier run of this name
@@ -171,7 +170,7 @@ def preference_loss(cfg, x, good, z0, num):
     if cfg.method == "orpo":
         return orpo_loss(chosen, rejected, num, cfg.beta)
     if cfg.method == "simpo":
-        return simpo_loss(chosen - rejected, num, cfg.beta, cfg.gamma)
+        return simpo_loss(chosen - rejected, num, cfg.beta, cfg.margin)
     return sigmoid_loss(chosen - rejected, num, cfg.beta, cfg.label_smoothing)
 
 
@@ -262,61 +261,19 @@ def read_pairs(cfg, tokenizer):
 # Answers of the model itself
 
 
-def open_prompts(cfg, tokenizer):
-    """-> (Problems, names of the tasks among --data, number of prompts that are too long)"""
-    train, names = [], []
-    for name in [task for item in cfg.data.split(",") for task in (toy.MIXTURE if item == "toy" else [item])]:
-        if Path(name).exists():
-            train += prompts.problems(name, grader=cfg.grader, split="train", val_fraction=cfg.val_fraction, seed=cfg.seed)
-        else:
-            train += tasks.problems(name if "@" in name else f"{name}@train", cfg.num_prompts, random_key(cfg.seed, "prompts", name))
-            names.append(name.partition("@")[0])
+def open_problems(cfg, tokenizer):
+    """-> (Problems, names of the tasks among --data, number of prompts that are too long, notes)"""
+    tracks, sources, notes = tasks.open_prompts(cfg.data, num=cfg.num_prompts, num_val=0, seed=cfg.seed, grader=cfg.grader, val_fraction=cfg.val_fraction)
+    train = [p for source in sources for p in source.train]
     if texts := [p.task for p in train if isinstance(p.prompt, str)]:
         raise ValueError(f"--data={cfg.data}: expected conversations, found the texts of {texts[0]}; train_rl.py takes those")
+    if tracks != ["all"]:
+        raise ValueError(f"--data={cfg.data}: tracks are train_rl.py's; expected sources alone")
     kept = [p for p in train if len(tokenizer.render_prompt(p.prompt, p.tools)) <= cfg.max_prompt_tokens]
     if not kept:
         raise ValueError(f"--data={cfg.data}: no prompt has at most {cfg.max_prompt_tokens} tokens: raise --max_prompt_tokens")
-    return kept, names, len(train) - len(kept)
-
-
-def open_rewards(cfg, device):
-    """--rewards -> {name: (function, weight)}"""
-    weights = reward_functions.parse_rewards(cfg.rewards).get("")
-    if weights is None:
-        raise ValueError(f"--rewards={cfg.rewards}: tracks are train_rl.py's; expected names alone")
-    functions = {}
-    for name in weights:
-        if name != "grader" and not getattr(cfg, flag := dict(file="reward_file", judge="judge")[name]):
-            raise ValueError(f"--rewards names {name}: --{flag} says which, and is empty")
-        if name == "file":
-            functions[name] = reward_functions.RewardFile(cfg.reward_file, cfg.reward_function, timeout=cfg.reward_timeout,
-                                                          role=cfg.reward_role, event=cfg.reward_event)
-        elif name == "judge":
-            from data.judge import Judge
-            functions[name] = Judge(cfg.judge, cfg.rubric, retries=cfg.judge_retries, model=cfg.judge_model, device=device)
-        else:
-            functions[name] = reward_functions.grader_reward
-    return {name: (function, weights[name]) for name, function in functions.items()}
-
-
-def sample_and_grade(model, tokenizer, asked, cfg, rewards):
-    """asked: [(number in the step, Problem, seed)] -> one dict per answer, those of a prompt together. Token in, token out: ids and mask
-    are the sampler's."""
-    played = play(model, tokenizer, [p for _, p, _ in asked], num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens,
-                  temperature=cfg.temperature, seed=[seed for *_, seed in asked], tool_timeout=cfg.tool_timeout, max_slots=cfg.slots)
-    answers, samples = [], []
-    for (number, p, _), group in zip(asked, played):
-        prompt_ids = tokenizer.render_prompt(p.prompt, p.tools)
-        for sample, (r, messages, outcome) in enumerate(group):
-            samples.append(reward_functions.Sample(f"{number}/{sample}", p, messages, outcome))
-            answers.append(dict(group=number, sample=sample, task=p.task, prompt=p.prompt, messages=messages, finish_reason=r.finish_reason,
-                                prompt_ids=prompt_ids, ids=r.ids, mask=r.mask, used=""))
-    parts = {name: function(samples) if samples else [] for name, (function, _) in rewards.items()}
-    weights = {name: weight for name, (_, weight) in rewards.items()}
-    for i, answer in enumerate(answers):
-        score = reward_functions.weighted({name: scores[i] for name, scores in parts.items()}, weights)
-        answer.update(reward=score.value, outcome=str(score.outcome), note=score.note)
-    return answers
+    names = [source.name.partition("@")[0] for source in sources if not Path(source.name).exists()]
+    return kept, names, len(train) - len(kept), notes
 
 
 def best_and_worst(rewards, finished):
@@ -335,7 +292,7 @@ def pairs_of(answers, cfg, step):
     found, dropped = [], Counter()
     for number in dict.fromkeys(a["group"] for a in answers):
         group = [a for a in answers if a["group"] == number]
-        sequences = [arrays(a["prompt_ids"], a["ids"], a["mask"]) for a in group]
+        sequences = [arrays([], a["ids"], a["mask"]) for a in group]
         finished = [a["finish_reason"] == "stop" for a in group]
         if cfg.method == "kto":
             for a, sequence, end in zip(group, sequences, finished):
@@ -378,7 +335,7 @@ def resolve(cfg, parameters, num_items, max_new_tokens, names):
     cfg = replace(cfg, warmup_steps=auto("warmup_steps", round(.1 * cfg.num_steps)),
                   eval_every=auto("eval_every", max(1, cfg.num_steps // 10)))
 
-    allowed = dict(lr=(1e-8, 1e-2), muon_lr=(0, 1), beta=(1e-4, 100), gamma=(0, 20), label_smoothing=(0, .5), rpo_alpha=(0, 10),
+    allowed = dict(lr=(1e-8, 1e-2), muon_lr=(0, 1), beta=(1e-4, 100), margin=(0, 20), label_smoothing=(0, .5), rpo_alpha=(0, 10),
                    kto_desirable=(0, 100), kto_undesirable=(0, 100), lora_rank=(0, 256), lora_alpha=(1, 512), num_epochs=(1, 100),
                    num_samples=(1 if cfg.method == "kto" else 2, 64), temperature=(1e-6, 2), val_fraction=(0, .5), slots=(1, 10**5),
                    max_prompt_tokens=(1, 10**6), max_new_tokens=(1, 10**6), num_steps=(0, 10**7), prompts_per_step=(int(online), 4096),
@@ -510,9 +467,9 @@ def train(cfg):
 
     # data
     if online:
-        problems, names, too_long = open_prompts(cfg, tokenizer)
+        problems, names, too_long, notes = open_problems(cfg, tokenizer)
         cfg = resolve(cfg, num_params(model), len(problems), max(tasks.max_new_tokens(p.task) for p in problems), names)
-        counts = dict(prompts=len(problems), left_out=dict(too_long=too_long))
+        counts = dict(prompts=len(problems), left_out=dict(too_long=too_long), notes=notes)
         documents = [tokenizer.render(p.prompt + p.gold, p.tools) for p in problems if p.gold] if cold else []
     else:
         cfg = replace(cfg, max_new_tokens=1024 if cfg.max_new_tokens == -1 else cfg.max_new_tokens)
@@ -543,7 +500,9 @@ def train(cfg):
             print(f"{key:>20}  {value}", flush=True)
     if cfg.dry_run:
         return settings
-    rewards = open_rewards(cfg, device) if online else {}
+    rewards = [] if not online else open_rewards(cfg.rewards, ["all"], device=device, reward_file=cfg.reward_file, reward_function=cfg.reward_function,
+                                                 reward_role=cfg.reward_role, reward_event=cfg.reward_event, reward_timeout=cfg.reward_timeout,
+                                                 judge=cfg.judge, judge_model=cfg.judge_model, judge_retries=cfg.judge_retries, rubric=cfg.rubric)
 
     # where the run starts is the reference
     if not cfg.resume and rank == 0:
@@ -577,7 +536,7 @@ def train(cfg):
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     first_step, samples_seen = 0, 0
     # what a run that goes on must have in common with the one that stopped, or it would train on something else
-    keys = ("method", "beta", "gamma", "pairs", "data", "seed", "pairs_per_step", "prompts_per_step", "num_samples", "temperature",
+    keys = ("method", "beta", "margin", "pairs", "data", "seed", "pairs_per_step", "prompts_per_step", "num_samples", "temperature",
             "max_prompt_tokens", "max_new_tokens", "val_fraction", "rewards", "ref")
     fixed = {key: getattr(cfg, key) for key in keys} | counts | dict(init_hash=checkpoint.weights_hash(start))
     if resume:
@@ -623,20 +582,21 @@ def train(cfg):
             places = np.arange(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
             asked = [(i, problems[p], random_key(cfg.seed, "rollout", step, i))
                      for i, p in enumerate(shuffled(places, len(problems), cfg.seed, "order").tolist())]
+            mine = asked[rank::world_size]
             with checkpoint.together():
-                answers = sample_and_grade(model, tokenizer, asked[rank::world_size], cfg, rewards)
-            answers = sorted(all_gather_list(answers), key=lambda a: (a["group"], a["sample"]))
-            failed = [a for a in answers if a["reward"] is None]
-            if len(failed) > cfg.max_grader_error * len(answers):
-                raise RuntimeError(f"step {step + 1}: {len(failed)} of {len(answers)} answers have no reward (--max_grader_error="
-                                   f"{cfg.max_grader_error}); the first: {failed[0]['note']}. Repair it and --resume=latest")
+                groups = play_for_rewards(model, tokenizer, [(0, p) for _, p, _ in mine], rewards, [seed for *_, seed in mine], num_samples=cfg.num_samples,
+                                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, tool_timeout=cfg.tool_timeout, max_slots=cfg.slots)
+            answers = [a for group in groups for a in group]
+            num_errors, metrics = check_grader_errors(answers, cfg.max_grader_error, step + 1), rollout_metrics(answers, ["all"])
+            lines = [dict(as_line(a, ["all"], step + 1), group=i, sample=j, ids=a.ids, mask=a.mask, used="")
+                     for (i, _, _), group in zip(mine, groups) for j, a in enumerate(group)]
+            answers = sorted(all_gather_list(lines), key=lambda a: (a["group"], a["sample"]))
             samples_seen += len(answers)
             data, left_out = pairs_of(answers, cfg, step)
             units = range(len(data.good) // size)
-            metrics = rollout_metrics(answers) | {"pairs/ties": left_out["tie"], "pairs/left_out": left_out.total() - left_out["tie"],
-                                                  "rollout/samples": samples_seen, "time/generate": time.perf_counter() - t0}
-            keep = ("group", "sample", "task", "prompt", "messages", "reward", "outcome", "finish_reason", "used", "ids", "note")
-            logger.rollouts(step + 1, [dict(step=step + 1, **{k: a[k] for k in keep}) for a in answers])
+            metrics |= {"pairs/ties": left_out["tie"], "pairs/left_out": left_out.total() - left_out["tie"], "rollout/grader_error": num_errors,
+                        "rollout/samples": samples_seen, "time/generate": time.perf_counter() - t0}
+            logger.rollouts(step + 1, [{key: value for key, value in a.items() if key != "mask"} for a in answers])
         else:
             places, total = np.arange(step * cfg.pairs_per_step, (step + 1) * cfg.pairs_per_step), cfg.num_epochs * num_items
             if step + 1 == cfg.num_steps and places[0] < total:         # whole epochs: each pair as often as every other
@@ -698,30 +658,17 @@ def train(cfg):
         logger.log(step + 1, **metrics)
         left = (time.monotonic() - started) / (step + 1 - first_step) * (cfg.num_steps - step - 1)
         if online or (step + 1) % max(1, cfg.num_steps // 100) == 0 or step + 1 == cfg.num_steps:
-            reward = f"reward {metrics['rollout/reward']:.3f} | " if online else ""
+            reward = f"reward {metrics['rollout/score']:.3f} | " if online else ""
             logger.print(f"step {step + 1:6d}/{cfg.num_steps} | loss {loss:7.4f} | {reward}margin {found['pairs/margin']:7.3f} | accuracy "
                          f"{found['pairs/accuracy']:.3f} | grad_norm {grad_norm:6.3f} | lr {cfg.lr * scale:.2e} | {seconds:.1f} s | "
                          f"{format_seconds(left)} left")
 
-    for function, _ in rewards.values():
-        getattr(function, "close", lambda: None)()
+    for reward, _ in (pair for named in rewards for pair in named.values()):
+        getattr(reward, "close", lambda: None)()
     summary = dict(name=cfg.name, checkpoint=str(saved), steps=cfg.num_steps, **(dict(samples=samples_seen) if online else {}),
                    parameters=num_params(model), seconds=round(time.monotonic() - started, 1), **val)
     logger.close(**summary)
     return summary
-
-
-def rollout_metrics(answers):
-    rewards = [a["reward"] for a in answers if a["reward"] is not None]
-    mean = lambda values: sum(values) / max(1, len(values))
-    share = lambda key, value: mean([a[key] == value for a in answers])
-    return {"rollout/reward": mean(rewards), "rollout/reward_min": min(rewards, default=0.0),
-            "rollout/reward_max": max(rewards, default=0.0), "rollout/right": share("outcome", Outcome.RIGHT),
-            "rollout/ungradable": share("outcome", Outcome.UNGRADABLE),
-            "rollout/truncated": share("finish_reason", "length"), "rollout/grader_error": len(answers) - len(rewards),
-            "rollout/response_length": mean([len(a["ids"]) for a in answers]),
-            "rollout/prompt_length": mean([len(a["prompt_ids"]) for a in answers]),
-            "rollout/turns": mean([sum(m["role"] == "assistant" for m in a["messages"]) for a in answers])}
 
 
 def main(cfg):

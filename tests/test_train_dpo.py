@@ -270,7 +270,7 @@ def test_best_against_worst(rewards, finished, expected):
 
 def test_online_pairs_are_the_sampled_ids():
     def answer(group, sample, ids, mask, reward, finish="stop"):
-        return dict(group=group, sample=sample, prompt_ids=[9, group], ids=ids, mask=mask, reward=reward, finish_reason=finish, used="")
+        return dict(group=group, sample=sample, ids=[9, group, *ids], mask=[0, 0, *mask], reward=reward, finish_reason=finish, used="")
     answers = [answer(0, 0, [5, 6, 7], [1, 0, 1], 0.0), answer(0, 1, [5, 8], [1, 1], 1.0), answer(1, 0, [5], [1], 1.0), answer(1, 1, [6], [1], 1.0),
                answer(2, 0, [5], [1], 1.0), answer(2, 1, [5], [1], 0.0)]
     data, dropped = pairs_of(answers, Config(), 0)
@@ -503,7 +503,7 @@ def test_defaults_are_those_of_the_table():
     (dict(resume="latest", name="never"), "holds no checkpoint"),
     (dict(pairs="online", data="mathen"), "did you mean"),
     (dict(pairs="online", data="sums"), "expected conversations"),
-    (dict(pairs="online", data="chat_en", rewards="file"), "--reward_file says which"),
+    (dict(pairs="online", data="chat_en", rewards="file"), "reward_file"),
 ])
 def test_wrong_settings_name_the_flag(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -531,7 +531,7 @@ def test_a_step_without_pairs_moves_nothing(monkeypatch):
 
 def test_failed_rewards_stop_the_run():
     Path("reward.py").write_text("def reward(samples):\n    raise KeyError('price')\n")
-    with pytest.raises(RuntimeError, match="12 of 12 answers have no reward.*price"):
+    with pytest.raises(RuntimeError, match="12 of 12 samples have no reward.*price"):
         train_dpo.main(Config(**ONLINE | dict(num_steps=1)))
 
 
