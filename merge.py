@@ -8,7 +8,7 @@ With theta_0 the common start and tau_i = theta_i - theta_0 what run i changed (
     task       theta_0 + lam sum_i tau_i                                                          (task arithmetic, arXiv 2212.04089)
     ties       keep the top `density` of |tau_i|; s = sign of the kept sum; lam times the mean of the kept entries of sign s   (2306.01708)
     ram        an entry that one run changed takes its change, one that several changed the mean of theirs                     (2601.13572)
-    ram_plus   ram, what only run i changed times 1 + r clip(shared_i / unique_i, 0, alpha)
+    ram_plus   ram, what only run i changed times 1 + rescale clip(shared_i / unique_i, 0, alpha)
 
 The result is a checkpoint folder (fp32) for --init of any script, with merge.json: what was merged, how, and how much the runs have in
 common. A LoRA run is merged like any other: its model.safetensors holds W + scale BA. Averages of A and of B are not the average of BA.
@@ -42,7 +42,7 @@ class Config:
     weights: str = ""                # linear: one number per model, their sum 1, e.g. .7,.3; empty: equal
     lam: float = 1.0                 # task, ties: scale of the merged change; below 1 stays nearer to the base. Sweep .3 to 1 for task
     density: float = 0.2             # ties: share of each tensor's changes that is kept, the largest
-    r: float = 0.1                   # ram_plus: strength of the rescaling
+    rescale: float = 0.1             # ram_plus: strength of the rescaling
     alpha: float = 0.2               # ram_plus: bound on shared / unique
     threshold: float = 1e-5          # ram, ram_plus and the printed shares: a weight is active if it changed by more
     any_base: bool = False           # merge although a run recorded that it started from other weights (say, from a successor of --base)
@@ -99,11 +99,11 @@ def ties(base, models, density=0.2, lam=1.0):
 
 def ram(base, models, threshold=1e-5):
     """RAM: ram_plus without rescaling."""
-    return ram_plus(base, models, r=0.0, threshold=threshold)
+    return ram_plus(base, models, rescale=0.0, threshold=threshold)
 
 
-def ram_plus(base, models, r=0.1, alpha=0.2, threshold=1e-5):
-    """RAM+: where one model is active (|tau| > threshold) its change times 1 + r clip(shared_i / unique_i, 0, alpha), where several are
+def ram_plus(base, models, rescale=0.1, alpha=0.2, threshold=1e-5):
+    """RAM+: where one model is active (|tau| > threshold) its change times 1 + rescale clip(shared_i / unique_i, 0, alpha), where several are
     the mean of theirs, elsewhere the base.
 
     shared_i and unique_i: how many active entries of model i in this tensor are active in another model too, and how many are not. So does
@@ -113,13 +113,13 @@ def ram_plus(base, models, r=0.1, alpha=0.2, threshold=1e-5):
     active = tau.abs() > threshold
     count = active.sum(0)
     unique, shared = (active & (count == 1)).flatten(1).sum(1), (active & (count > 1)).flatten(1).sum(1)          # (M,)
-    scale = 1 + r * (shared.double() / unique.clamp(min=1)).clamp(0, alpha)         # without unique entries nothing is scaled
+    scale = 1 + rescale * (shared.double() / unique.clamp(min=1)).clamp(0, alpha)         # without unique entries nothing is scaled
     scale = torch.where(count == 1, scale.view(-1, *[1] * base.ndim), 1.0)
     return (base.double() + (tau * active * scale).sum(0) / count.clamp(min=1)).to(base.dtype)
 
 
 METHODS = {"linear": (linear, ("weights",)), "task": (task, ("lam",)), "ties": (ties, ("density", "lam")), "ram": (ram, ("threshold",)),
-           "ram_plus": (ram_plus, ("r", "alpha", "threshold"))}
+           "ram_plus": (ram_plus, ("rescale", "alpha", "threshold"))}
 
 
 def merge(base, models, how="ties", **settings):
@@ -254,7 +254,7 @@ def write(state_dict, config, tokenizer, record, out):
 def settings_of(cfg, num_models):
     """-> what the method is called with. A flag that it does not read is refused rather than ignored."""
     used = METHODS[cfg.how][1]
-    for name in ("weights", "lam", "density", "r", "alpha"):
+    for name in ("weights", "lam", "density", "rescale", "alpha"):
         if name not in used and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name} has no effect on --how={cfg.how}, which reads {', '.join('--' + n for n in used)}")
     settings = {name: getattr(cfg, name) for name in used}
@@ -263,7 +263,7 @@ def settings_of(cfg, num_models):
             settings["weights"] = [float(w) for w in cfg.weights.split(",")] if cfg.weights else [1 / num_models] * num_models
         except ValueError:
             raise ValueError(f"--weights={cfg.weights}: expected {num_models} numbers, comma-separated") from None
-    for name in ("lam", "r", "alpha", "threshold"):
+    for name in ("lam", "rescale", "alpha", "threshold"):
         if not (math.isfinite(getattr(cfg, name)) and (name == "lam" or getattr(cfg, name) >= 0)):
             raise ValueError(f"--{name}={getattr(cfg, name)}: expected a finite number, 0 or more")
     METHODS[cfg.how][0](torch.zeros(1), [torch.zeros(1)] * num_models, **settings)          # refuses values before minutes of reading

@@ -105,7 +105,8 @@ def picture(root, mid, sft, rounds, rl, path):
     by_level.set_xticks([j + 0.2 * (len(results) - 1) for j in range(len(levels))], [f"level {level}" for level in levels])
     by_level.set(title=f"{rounds[0]['results'][0]['task']}: success by level", ylabel="share right", ylim=(0, 1.05))
 
-    for ax, key, title, label in ((score, "rollout/score", "RL: reward of sampled answers", "mean reward"), (entropy, "train/entropy", "RL: entropy", "nats per token"),
+    for ax, key, title, label in ((score, "rollout/score", "RL: reward of sampled answers", "mean reward"),
+                                  (entropy, "train/entropy", "RL: entropy", "nats per token"),
                                   (length, "rollout/response_length", "RL: length of answers", "tokens, tool results included")):
         for name in ("rl_logic", "rl_chat"):
             ax.plot(*series(root, name, key), color=COLORS[name], label=RL[name])

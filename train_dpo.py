@@ -71,7 +71,7 @@ class Config:
     rubric: str = "instruction"      # instruction | summary | reasoning | faithfulness, or a file with {prompt} {answer} {reference}
     max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     # the algorithm; auto: by method, see METHODS
-    method: Literal["sigmoid_norm", "sigmoid", "ipo", "kto", "orpo", "simpo"] = "sigmoid_norm"
+    method: Literal["sigmoid_norm", "sigmoid", "ipo", "kto", "orpo", "simpo"] = "sigmoid_norm"     # a row of METHODS
     beta: float = -1.0               # higher stays nearer to the reference; orpo: weight of the odds ratio; auto: by method
     margin: float = 1.4              # simpo: margin by which the chosen answer must lead
     label_smoothing: float = 0.0     # sigmoid, sigmoid_norm: share of pairs that are believed to be labelled the wrong way round

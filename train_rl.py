@@ -454,7 +454,7 @@ def train(cfg):
     if not cfg.init:                                                  # from nothing: the run starts where its own cold start ended
         start = out_dir / "step_000000"
         resume = None if resume == start else resume
-    cold = not cfg.init and not (cfg.resume and start.exists())
+    cold = not (cfg.init or resume or (cfg.resume and start.exists()))
 
     # model
     if not cold:

@@ -324,7 +324,7 @@ class SequenceBatch(NamedTuple):
 
 def token_offsets(sequences):
     """int64 (S + 1,): where each sequence's trained-on tokens begin among those of all. sequences: [(ids, mask), ...]"""
-    return np.concatenate([[0], np.cumsum([sum(mask[1:]) for _, mask in sequences])]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum([int(np.sum(mask[1:], dtype=np.int64)) for _, mask in sequences])]).astype(np.int64)
 
 
 def sequence_batch(sequences, which, offsets, pack=False):

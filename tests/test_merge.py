@@ -70,11 +70,11 @@ def test_ram_plus_by_hand():
         1 + 4 * 1.25 = 6      1 + (2 + 4) / 2 = 4      1 + 8 * 1.375 = 12      1 + 6 * 1.25 = 8.5
     """
     base, models = torch.ones(4), [torch.tensor([5., 3, 1, 7]), torch.tensor([1., 5, 9, 1])]
-    assert torch.equal(merge.ram_plus(base, models, r=0.5, alpha=0.75), torch.tensor([6, 4, 12, 8.5]))
+    assert torch.equal(merge.ram_plus(base, models, rescale=0.5, alpha=0.75), torch.tensor([6, 4, 12, 8.5]))
     assert torch.equal(merge.ram(base, models), torch.tensor([5., 4, 9, 7]))
     # without a unique entry there is nothing to scale, and no division by zero
-    assert torch.equal(merge.ram_plus(base, [models[0], models[0]], r=0.5), models[0])
-    assert torch.equal(merge.ram_plus(base, [models[0], base], r=0.5), models[0])
+    assert torch.equal(merge.ram_plus(base, [models[0], models[0]], rescale=0.5), models[0])
+    assert torch.equal(merge.ram_plus(base, [models[0], base], rescale=0.5), models[0])
 
 
 def test_task_and_linear_by_hand():
@@ -102,7 +102,7 @@ def test_identical_models_give_that_model(how, settings, num):
     settings = dict(lam=1 / num) if how == "task" else settings
     result = merge.METHODS[how][0](base, [model] * num, **settings)
     if how == "ram_plus" and num == 1:
-        settings = dict(settings, r=0.3)                    # all entries are unique, none shared: the factor stays 1
+        settings = dict(settings, rescale=0.3)                    # all entries are unique, none shared: the factor stays 1
     assert result.dtype == torch.float32 and torch.equal(result, model)
     assert torch.equal(merge.METHODS[how][0](model, [model] * num, **settings), model)
 
