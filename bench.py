@@ -503,22 +503,23 @@ def bench_rl(group, cfg, missing):
                 runs[shape, name].append(in_process(group, f"{name} {group} {'x'.join(map(str, shape))}", folder, cfg))
     for shape in RL_SHAPES[group]:
         found, title = {name: runs[shape, name] for name in names}, "{} x {} x {} tokens".format(*shape)
-        row = result[title] = {name: rl_times(name, rs, cfg) for name, rs in found.items()}
+        row = result[title] = {name: rl_times(rs, cfg) for name, rs in found.items()}
         print(title)
+        ours, theirs = found["temper"], found.get(RL_PEERS[group], [])
+        all_gaps = {}
+        for key, values in ours[0]["computed"].items() if theirs else ():
+            all_gaps[key] = gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(values[:cfg.warmup], theirs[0]["computed"][key])]
+            print(f"{key}, on the same samples: {values[0]:.6f} and {theirs[0]['computed'][key][0]:.6f}, apart by {gaps[0]:.1e}; the largest of "
+                  f"{len(gaps)} steps {max(gaps):.1e}")
+        if any(gaps[0] > 1e-5 for gaps in all_gaps.values()):
+            raise AssertionError("the first steps differ by more than 1e-5: no time is reported for methods that compute different things")
         for name, times in row.items():
             print(f"{name:>10}  " + "  ".join(f"{part} {times[part]['p50']:.1f} ms [{times[part]['p25']:.1f}, {times[part]['p75']:.1f}]"
                                               for part in ("step", "generate", "score", "update"))
                   + f"  CPU {times['cpu']['p50']:.1f} ms  +{times['memory_mb']:.0f} MB")
         if missing:
             continue
-        ours, theirs = found.values()
-        row["gaps"] = {}
-        for key, values in ours[0]["computed"].items():
-            row["gaps"][key] = gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(values[:cfg.warmup], theirs[0]["computed"][key])]
-            print(f"{key}, on the same samples: {values[0]:.6f} and {theirs[0]['computed'][key][0]:.6f}, apart by {gaps[0]:.1e}; the largest of "
-                  f"{len(gaps)} steps {max(gaps):.1e}")
-        if max(gaps[0] for gaps in row["gaps"].values()) > 1e-5:
-            raise AssertionError("the first steps differ by more than 1e-5: no time is reported for methods that compute different things")
+        row["gaps"] = all_gaps
         for part, clock in (("step", 0), ("step", 1), ("generate", 1), ("update", 1)):
             median = lambda r: statistics.median(x[clock] for x in r[part][cfg.warmup:])
             ratios = [median(a) / median(b) for a, b in zip(ours, theirs)]
@@ -528,7 +529,7 @@ def bench_rl(group, cfg, missing):
     return result
 
 
-def rl_times(name, runs, cfg):
+def rl_times(runs, cfg):
     """-> milliseconds of the wall of each part, and of CPU of the step, medians and quartiles over the timed steps of all rounds."""
     of = lambda part, clock: {k: v * 1e3 for k, v in summarize([x[clock] for r in runs for x in r[part][cfg.warmup:]]).items()}
     return {part: of(part, 0) for part in ("step", "generate", "score", "update")} | dict(

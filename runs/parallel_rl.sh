@@ -5,7 +5,7 @@
 #     bash runs/parallel_rl.sh              SEEDS="0 1 2 3 4" PARALLEL="0 1 2" STEPS=30 bash runs/parallel_rl.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-"0 1 2 3 4"} PARALLEL=${PARALLEL:-"0 1 2"} STEPS=${STEPS:-30} PPO_STEPS=${PPO_STEPS:-24}
+SEEDS=${SEEDS:-"0 1 2 3 4"} PARALLEL=${PARALLEL:-"0 1 2"} STEPS=${STEPS:-30} PPO_STEPS=${PPO_STEPS:-20} PERFECTIBLE=${PERFECTIBLE:-"0 1 2"}
 root=out/replay_sweep
 mkdir -p $root out/parallel_rl
 source runs/jobs.sh
@@ -45,7 +45,7 @@ for seed in $SEEDS; do
     spawn run train_dpo.py dpo_chat_s$seed --seed=$seed --init=$root/start_s$seed --data=chat_en --lr=3e-4 --decay_share=.3 --num_steps=$STEPS \
         --prompts_per_step=32 --eval_every=1000 --eval_problems=200
 done
-for seed in $PARALLEL; do                             # prompts that are solved .2 to .8 of the time at the start
+for seed in $PERFECTIBLE; do                          # prompts that are solved .2 to .8 of the time at the start
     spawn rl perfectible $seed --data=logic=math_en --num_prompts=100 --solve_samples=64 --prompts_per_step=16 --num_steps=40
 done
 join

@@ -31,8 +31,8 @@ mid_20() { logged "$root/mid_r20.log" python train_sft.py --name=quickstart/mid_
 both mid_0 mid_20
 
 say "SFT of the mid-trained model on word problems with a calculator, code, tools and instructions (two minutes)"
-sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=230 --decay_share=.3 --eval_every=0 \
-    --mix=math_en:.4,math_ko:.2,code:.12,tool:.14,chat_en:.07,chat_ko:.07 2>&1 | tee "$root/sft.log" | grep --line-buffered -E '^step +[0-9]*[05]0/|Error'; }
+sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=260 --decay_share=.3 --eval_every=0 \
+    --mix=math_en:.36,math_ko:.1,code:.1,tool:.1,chat_en:.3,chat_ko:.04 2>&1 | tee "$root/sft.log" | grep --line-buffered -E '^step +[0-9]*[05]0/|Error'; }
 eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
 both sft eval_mid
 
@@ -47,10 +47,10 @@ rounds() { python train_sft.py --name=quickstart/rounds --init=$root/sft --data=
 both rounds evaluation
 
 say "RL: the model after SFT on a logic and on a chat track, side by side, then merged (two and a half minutes)"
-rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --num_steps=24 --prompts_per_step=${3} --lr=1e-3 --eval_every=0 --eval_problems=60 \
+rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --num_steps=24 --prompts_per_step=$3 --lr=$4 --eval_every=0 --eval_problems=60 \
     2>&1 | tee "$root/rl_$1.log" | grep --line-buffered -E '^preflight|^step +[0-9]*[05]/|Error' | sed -u "s/^/$1 /"; }
-rl_logic() { rl logic math_en 12; }
-rl_chat()  { rl chat chat_en 24; }
+rl_logic() { rl logic math_en 12 1e-3; }
+rl_chat()  { rl chat chat_en 32 5e-4; }
 both rl_logic rl_chat
 python merge.py --base=$root/sft --models=$root/rl_logic,$root/rl_chat --how=task --out=$root/merged | grep -v '^{'
 logged "$root/eval_rl.log" python eval.py --init=$root/sft,$root/rl_logic,$root/rl_chat,$root/merged --num_problems=60 --tasks=math_en,chat_en --out=$root/eval_rl
