@@ -251,11 +251,11 @@ def test_a_wrong_value_anywhere_is_a_value_error_with_file_and_line(write, sampl
 
 
 @pytest.mark.parametrize("content, why", [
-    (b"", r"x\.jsonl: empty"), (b" \n\n", r"x\.jsonl: empty"), (b"[ ]", r"x\.jsonl: empty"), (gzip.compress(b""), r"x\.jsonl: empty"),
+    (b"", r"x\.jsonl: empty"), (b" \n\n", r"x\.jsonl: empty"), (b"[ ]", r"x\.jsonl: empty"), (gzip.compress(b"", mtime=0), r"x\.jsonl: empty"),
     (RFT.encode() + b"\n" + RFT.encode("utf-16"), r"x\.jsonl:2: not UTF-8 at byte 0"),
     (b'[\n{"prompt": "Q"},\n{"prompt": "\xe9"}]', r"x\.jsonl:3: not UTF-8 at byte 12"),
     (gzip.compress(RFT.encode() * 99, mtime=0)[:-20], r"x\.jsonl:1: truncated or damaged gzip"),
-    (gzip.compress(f"{RFT}\n".encode(), 0)[:-4] + b"....", r"x\.jsonl:2: truncated or damaged gzip"),
+    (gzip.compress(f"{RFT}\n".encode(), 0, mtime=0)[:-4] + b"....", r"x\.jsonl:2: truncated or damaged gzip"),
     (gzip.compress(f"{RFT}\n".encode(), 0, mtime=0).replace(b"messages", b"Messages"), r"truncated or damaged gzip|Messages"),
     (b"PAR1\x15\x04", r"Parquet.*read_table\('.*x.jsonl'\)"),
 ])
@@ -426,7 +426,7 @@ def test_bodies_that_are_stored_elsewhere(write, tmp_path):
     (folder / f"{name}_output.json.gz").unlink()
     assert len(read(tmp_path / "logs", log_bodies=folder).rows) == 2                     # the response is not needed
     assert len(read(tmp_path / "logs", log_bodies=folder, use_prompt_response=True).rows) == 1
-    (folder / f"{name}_input.json.gz").write_bytes(gzip.compress(b"{}" * 50)[:-9])
+    (folder / f"{name}_input.json.gz").write_bytes(gzip.compress(b"{}" * 50, mtime=0)[:-9])
     with pytest.raises(ValueError, match=rf"a\.json:1: .*{name}_input"):
         read(tmp_path / "logs", log_bodies=folder)
     with pytest.raises(ValueError, match="--log_bodies=.*expected a folder"):
