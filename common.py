@@ -163,7 +163,7 @@ def setup_distributed():
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # long, since ranks wait while one evaluates or samples more than the others
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         atexit.register(close_distributed)
     return rank, local_rank, world_size, device
 
@@ -330,7 +330,7 @@ class Logger:
         if self.rank != 0 or not lines:
             return
         with open(self.rollouts_path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            f.writelines(json.dumps(line) + "\n" for line in lines)
         if self.wandb:
             import wandb
             columns = list(lines[0])
@@ -359,7 +359,7 @@ def finite_or_text(values):
 def cut_after(path, step):
     """Leaves the lines of a JSONL file up to `step`, so that a resumed run's file equals that of a run that was never stopped."""
     if path.exists():
-        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in read_jsonl(path) if line["step"] <= step))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= step))
 
 
 def read_jsonl(path):

@@ -107,7 +107,7 @@ def picture(root, mid, sft, rounds, rl, path):
 
     for ax, key, title, label in ((score, "rollout/score", "RL: reward of sampled answers", "mean reward"),
                                   (entropy, "train/entropy", "RL: entropy", "nats per token"),
-                                  (length, "rollout/response_length", "RL: length of answers", "tokens, tool results included")):
+                                  (length, "rollout/response_length", "RL: length of answers", "sampled tokens")):
         for name in ("rl_logic", "rl_chat"):
             ax.plot(*series(root, name, key), color=COLORS[name], label=RL[name])
         ax.set(title=title, xlabel="step", ylabel=label)

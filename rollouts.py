@@ -114,8 +114,8 @@ class Answer(NamedTuple):
 
     @property
     def length(self):
-        """Tokens after the prompt, tool results included."""
-        return len(self.ids) - self.mask.index(1)
+        """Sampled tokens: tool results are in no length."""
+        return len(self.logps)
 
 
 def play_for_rewards(model, tokenizer, asked, rewards, seeds, *, num_samples, desc="", **sampling):
@@ -155,7 +155,7 @@ def check_grader_errors(answers, limit, step):
 
 def rollout_metrics(answers, tracks):
     """Means over the samples of all ranks, as rollout/<name>; of a run with several tracks also rollout/<name>_<track>."""
-    rows = all_gather_list((a.track, a.reward, str(a.outcome), a.length, len(a.ids) - a.length, a.truncated, sum(m["role"] == "assistant" for m in a.messages),
+    rows = all_gather_list((a.track, a.reward, str(a.outcome), a.length, a.mask.index(1), a.truncated, sum(m["role"] == "assistant" for m in a.messages),
                             sum(len(m.get("tool_calls", [])) for m in a.messages), a.parts) for a in answers)
     mean = lambda values: sum(values) / len(values) if values else 0.0
 

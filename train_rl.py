@@ -16,8 +16,8 @@ Prompts may belong to tracks (logic, chat), which share a step, and neither adva
     torchrun --nproc_per_node=8 train_rl.py ...                                     the same flags, eight GPUs
 """
 import copy
-import json
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +29,7 @@ import torch
 import torch.nn as nn
 
 import checkpoint
-from common import (Logger, all_gather_list, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, random_key, setup_distributed,
-                    write_atomically)
+from common import Logger, all_gather_list, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, random_key, setup_distributed
 from data import sandbox, tasks
 from data.grading import Outcome
 from data.packing import micro_batches, sequence_batch, shuffled, token_offsets
@@ -284,7 +283,8 @@ def reward_to_go(token_rewards, offsets):
 
 
 def whiten(x, tracks, num_tracks, center=True):
-    """(x - mean) / (std + 1e-8) over the tokens of each track in the global batch. x, tracks (N,); center=False divides only."""
+    """(x - mean) / (std + 1e-8) over the entries of each track in the global batch. x, tracks (N,), track -1: left out, 0. center=False divides only,
+    by std + 1e-4."""
     x, out = x.double(), torch.zeros_like(x)
     for k in range(num_tracks):
         mine = tracks == k
@@ -342,8 +342,12 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
     for key, values in CHOICES.items():
         if getattr(cfg, key) not in values:
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected one of {', '.join(values)}")
-    if cfg.method == "ppo" and cfg.baseline != "none":
-        raise ValueError(f"--baseline={cfg.baseline}: the critic is ppo's baseline")
+    if cfg.method in ("ppo", "reinforce++") and cfg.baseline != "none":
+        raise ValueError(f"--baseline={cfg.baseline}: {cfg.method} has its own, " + ("the critic" if cfg.method == "ppo" else "the mean of the batch"))
+    if cfg.method in ("ppo", "reinforce++") and cfg.adv_scale != "batch":
+        raise ValueError(f"--adv_scale={cfg.adv_scale}: {cfg.method} whitens over the batch")
+    if cfg.method == "ppo" and 0 < cfg.num_steps <= cfg.critic_warmup:
+        raise ValueError(f"--critic_warmup={cfg.critic_warmup}: the policy would never be trained in --num_steps={cfg.num_steps}")
     if cfg.adv_scale == "group" and (cfg.baseline != "mean" or cfg.method in ("ppo", "reinforce++")):
         raise ValueError(f"--adv_scale=group divides by the deviation of a group around its mean: expected --baseline=mean, found {cfg.baseline}")
     if cfg.truncated == "bootstrap" and cfg.method != "ppo":
@@ -396,11 +400,11 @@ def cold_start(model, tokenizer, problems, cfg, device):
 
 
 def collect(model, tokenizer, pools, places, per_track, cfg, rewards, rank, world_size):
-    """One round of samples -> (kept groups, all groups), lists of G Answers on this rank; `places`, each track's place in the endless order of its
-    prompts, moves on. Every rank takes every world_size-th prompt, so a group stays whole. Groups whose rewards are all equal have no gradient and
-    are not kept; with refill others are sampled in their place, as long as refill_tries last."""
-    kept, everything, wanted = [], [], per_track
-    for _ in range(1 + cfg.refill_tries * (cfg.dynamic_sampling == "refill")):
+    """One round of samples -> kept groups, their places among those of all ranks, all groups: lists of G Answers on this rank. `places`, each track's
+    place in the endless order of its prompts, moves on. Every rank takes every world_size-th prompt, so a group stays whole. Groups whose rewards are
+    all equal have no gradient and are not kept; with refill others are sampled in their place, as long as refill_tries last."""
+    kept, where, everything, wanted = [], [], [], per_track
+    for attempt in range(1 + cfg.refill_tries * (cfg.dynamic_sampling == "refill")):
         asked = []
         for k, pool in enumerate(pools):
             order = shuffled(np.arange(places[k], places[k] + wanted[k]), len(pool), cfg.seed, "order", k)
@@ -410,12 +414,16 @@ def collect(model, tokenizer, pools, places, per_track, cfg, rewards, rank, worl
         groups = play_for_rewards(model, tokenizer, [(k, p) for k, p, _ in mine], rewards, [seed for _, _, seed in mine], num_samples=cfg.group_size,
                                   temperature=cfg.temperature, **sampling(cfg))
         everything += groups
-        kept += [g for g in groups if cfg.dynamic_sampling == "off" or len({a.reward for a in g if a.reward is not None}) > 1]
+        for j, g in enumerate(groups):
+            graded = [a.reward for a in g if a.reward is not None]
+            if len(set(graded)) > 1 or (cfg.dynamic_sampling == "off" and len(graded) > (cfg.baseline != "none")):
+                kept.append(g)
+                where.append((attempt, rank + j * world_size))
         had = Counter(all_gather_list(g[0].track for g in kept))
         wanted = [max(0, n - had[k]) for k, n in enumerate(per_track)]
         if not any(wanted):
             break
-    return kept, everything
+    return kept, where, everything
 
 
 def sampling(cfg):
@@ -492,7 +500,8 @@ def train(cfg):
     memory = memory_estimate(model.config, cfg.device_batch_size, width, compute_bytes=2 if bfloat16 else 4, recompute_activations=cfg.recompute)
     c = model.config
     memory |= dict(cache=2 * c.num_layers * cfg.slots * c.num_kv_heads * width * c.head_dim * (2 if bfloat16 else 4),
-                   reference=memory["weights"] * (cfg.kl_coef > 0), critic=(memory["weights"] + memory["gradients"] + memory["optimizer"]) * ppo)
+                   reference=memory["weights"] * (cfg.kl_coef > 0 and (bool(cfg.ref) or not cfg.lora_rank)),
+                   critic=(memory["weights"] + memory["gradients"] + memory["optimizer"]) * ppo)
     memory["total"] = sum(value for key, value in memory.items() if key != "total")
     settings = dict(parameters=num_params(model), device=str(device), ranks=world_size, prompts={t: len(p) for t, p in zip(tracks, pools)},
                     prompts_left_out=sum(map(len, everyone)) - num_prompts, samples_per_step={t: n * cfg.group_size for t, n in zip(tracks, per_track)},
@@ -502,17 +511,24 @@ def train(cfg):
             print(f"{key:>20}  {value}", flush=True)
         for note in notes:
             print(f"note: {note}", flush=True)
-    if cfg.dry_run:
-        return settings
+    held = [(s.name, s.track, [p for p in s.val if prompt_length(p) <= cfg.max_prompt_tokens]) for s in sources]
+    held += [(task, None, tasks.problems(task, cfg.eval_problems, cfg.seed)) for task in filter(None, cfg.eval_tasks.split(","))]
     rewards = open_rewards(cfg.rewards, tracks, device=device, reward_file=cfg.reward_file, reward_function=cfg.reward_function,
                            reward_role=cfg.reward_role, reward_event=cfg.reward_event, reward_timeout=cfg.reward_timeout, judge=cfg.judge,
                            judge_model=cfg.judge_model, judge_retries=cfg.judge_retries, rubric=cfg.rubric)
+    if cfg.dry_run:
+        return settings
 
     # where the run starts is the reference
+    if not cfg.resume and any(path and Path(path).resolve().is_relative_to(out_dir.resolve()) for path in (cfg.init, cfg.ref)):
+        raise ValueError(f"--init={cfg.init} --ref={cfg.ref}: a new run of --name={cfg.name} would delete its own start; give another --name")
+    golds = [p for pool in pools for p in pool if p.gold]
+    if cold and cfg.cold_start and not golds:
+        raise ValueError(f"--data={cfg.data} has no worked answers to start from: name a trained model in --init")
     if rank == 0 and not cfg.resume:
         checkpoint.clear(out_dir, cfg.overwrite or cfg.name == "dummy")
     if cold:
-        cold_start(model, tokenizer, [p for pool in pools for p in pool if p.gold], cfg, device)
+        cold_start(model, tokenizer, golds, cfg, device)
         checkpoint.save(out_dir, 0, model, tokenizer, [], state={}, config=asdict(cfg), rank=rank, world_size=world_size)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=random_key(cfg.seed, "lora"))
@@ -545,7 +561,8 @@ def train(cfg):
     first_step, samples_seen, places, moments = (state[key] for key in ("step", "samples_seen", "places", "moments"))
     logger = Logger(cfg, rank, first_step if resume else None)
     if cfg.solve_samples:
-        pools = perfectible(model, tokenizer, pools, cfg, rewards, out_dir, rank, world_size)
+        state["solved"] = state.get("solved") or solve(model, tokenizer, pools, cfg, rewards, rank, world_size)
+        pools = perfectible(pools, state["solved"], cfg, rank)
     if not resume:
         preflight(model, tokenizer, pools, cfg, rewards, rank, world_size)
     started, val = time.monotonic(), {}
@@ -555,7 +572,7 @@ def train(cfg):
 
         # once in a while: greedy answers to held-out prompts, the same rewards
         if (last_step or (cfg.eval_every and step % cfg.eval_every == 0)) and (step > first_step or not resume):
-            val = validate(model, tokenizer, sources, cfg, rewards, rank, world_size)
+            val = validate(model, tokenizer, held, cfg, rewards, rank, world_size)
             logger.log(step, **val)
             logger.print(f"step {step:5d}/{cfg.num_steps} | " + " | ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in val.items()))
 
@@ -568,20 +585,23 @@ def train(cfg):
 
         # sample and grade
         t0 = time.perf_counter()
-        kept, groups = collect(model, tokenizer, pools, places, per_track, cfg, rewards, rank, world_size)
+        kept, groups_at, groups = collect(model, tokenizer, pools, places, per_track, cfg, rewards, rank, world_size)
         answers = [a for g in groups for a in g]
         num_errors = check_grader_errors(answers, cfg.max_grader_error, step)
         samples_seen += all_reduce_sum(len(answers))
         generate_seconds = time.perf_counter() - t0
 
         # what is trained on, and its rewards: samples in flat order, (S,)
-        where = [(i, j) for i, g in enumerate(kept) for j, a in enumerate(g) if a.reward is not None and not (a.truncated and cfg.truncated == "mask")]
+        where = [(i, j) for i, g in enumerate(kept) for j, a in enumerate(g) if a.reward is not None]
         used = [kept[i][j] for i, j in where]
-        final = torch.tensor([a.reward + (overlong_penalty(a.length, a.truncated, cfg.max_new_tokens, cfg.overlong) if cfg.overlong else 0.0) for a in used],
-                             dtype=torch.float64)
+        trained = [not (a.truncated and cfg.truncated == "mask") for a in used]
+        final = torch.tensor([a.reward + (overlong_penalty(len(a.ids) - a.mask.index(1), a.truncated, cfg.max_new_tokens, cfg.overlong) if cfg.overlong
+                                          else 0.0) for a in used], dtype=torch.float64)
         if cfg.reward_norm:
-            moments = running_moments(moments, all_gather_list(final.tolist()))
-            final = final / max(math.sqrt(moments[2] / max(1.0, moments[0] - 1)), 1e-4)
+            ordered = sorted(all_gather_list((*groups_at[i], j, reward) for (i, j), reward in zip(where, final.tolist())))
+            moments = running_moments(moments, [reward for *_, reward in ordered])
+            std = math.sqrt(moments[2] / max(1.0, moments[0] - 1))
+            final = final / (std if std > 1e-4 else 1.0)
 
         # their sampled tokens, sequence after sequence, (N,): log-probabilities of sampler, trainer and reference, values
         sequences = [(a.ids, a.mask) for a in used]
@@ -627,18 +647,22 @@ def train(cfg):
             at = tuple(torch.tensor(where, dtype=torch.int64).view(-1, 2).t())
             table[at] = final - torch.zeros(len(used), dtype=torch.float64).index_add(0, owner, k1.double())
             valid[at] = True
-            advantages = group_advantages(table, valid, cfg.baseline, cfg.adv_scale)[at].float()[owner]
-        if cfg.adv_scale == "batch":
-            advantages = whiten(advantages, track_of[owner], len(tracks), center=cfg.baseline == "none")
+            advantages = group_advantages(table, valid, cfg.baseline, cfg.adv_scale)[at]
+            if cfg.adv_scale == "batch":
+                advantages = whiten(advantages, track_of, len(tracks), center=False)
+            advantages = advantages.float()[owner]
+        if cfg.method in ("ppo", "reinforce++"):
+            advantages = whiten(advantages, torch.where(torch.tensor(trained, dtype=torch.bool), track_of, -1)[owner], len(tracks))
 
-        # update: a permutation of all ranks' sequences, so that minibatches do not depend on the number of ranks
+        # update: a permutation of all ranks' sequences in their global order, so that minibatches do not depend on the number of ranks
         sums, gap, norms, critic_norms = torch.zeros(11, dtype=torch.float64, device=device), 0.0, [], []
-        warming, scale = ppo and step < cfg.critic_warmup, lr_scale(step, cfg.num_steps, cfg.warmup_steps, cfg.decay_share)
-        members = all_gather_list((rank, i) for i in range(len(used)))
+        alone = cfg.critic_warmup if ppo else 0                                         # steps of the critic; the policy's schedule starts after them
+        warming, scale = step < alone, lr_scale(max(0, step - alone), cfg.num_steps - alone, cfg.warmup_steps, cfg.decay_share)
+        members = sorted(all_gather_list((*groups_at[i], j, rank, n) for n, (i, j) in enumerate(where) if trained[n]))
         for epoch in range(cfg.num_epochs_per_step if members else 0):
             order = shuffled(np.arange(len(members)), len(members), cfg.seed, "minibatch", step, epoch)
             for part in np.array_split(order, min(cfg.num_minibatches, len(members))):
-                which = [members[i][1] for i in part.tolist() if members[i][0] == rank]
+                which = [n for *_, owner_rank, n in (members[i] for i in part.tolist()) if owner_rank == rank]
 
                 # count before the first backward, per track, so that neither micro-batches nor ranks change the gradient
                 counts = torch.zeros(len(tracks), 2, dtype=torch.float64)
@@ -649,21 +673,23 @@ def train(cfg):
                     weight = track_weights[k] / sum(w for w, (n, _) in zip(track_weights, counts) if n)
                     c[track_of == k] = weight * token_scale(lengths[track_of == k], cfg.aggregate, num_tokens, num_sequences, cfg.max_new_tokens)
                 c, per_all_tokens = c.float()[owner], 1 / sum(n for n, _ in counts)
-                pieces = cut(which)
-                for n, piece in enumerate(pieces):
-                    b = sequence_batch(sequences, piece, offsets, cfg.pack).to(device)
-                    flat = lambda x: x[b.tokens.cpu()].to(device)
-                    if ppo:
-                        set_gradient_sync(wrapped_critic, n == len(pieces) - 1)
-                        values = wrapped_critic(b.ids, b.positions, b.doc_ids, b.rows)
-                        loss, held = value_loss(values, flat(old_values), flat(returns), per_all_tokens, cfg.value_clip)
-                        (loss * world_size).backward()                                    # DDP averages, we want the sum
-                        sums[:2] += torch.stack([loss.detach(), held.sum()]).double()
-                    if warming:
-                        continue
+                pieces = [sequence_batch(sequences, piece, offsets, cfg.pack) for piece in cut(which)]
+
+                # the critic first, all of it: ranks with unequal numbers of pieces must meet in the same order of collective calls
+                for n, b in enumerate(pieces if ppo else []):
+                    b = b.to(device)
+                    flat = lambda x, b=b: x[b.tokens.cpu()].to(device)
+                    set_gradient_sync(wrapped_critic, n == len(pieces) - 1)
+                    values = wrapped_critic(b.ids, b.positions, b.doc_ids, b.rows)
+                    loss, bounded = value_loss(values, flat(old_values), flat(returns), per_all_tokens, cfg.value_clip)
+                    (loss * world_size).backward()                                        # DDP averages, we want the sum
+                    sums[:2] += torch.stack([loss.detach(), bounded.sum()]).double()
+                for n, b in enumerate([] if warming else pieces):
+                    b = b.to(device)
+                    flat = lambda x, b=b: x[b.tokens.cpu()].to(device)
                     set_gradient_sync(wrapped, n == len(pieces) - 1)
                     out = token_logps(forward, model, b, cfg.temperature)
-                    old = out.logp.detach() if old_logps is None else flat(old_logps)
+                    old = out.logp.detach() if num_updates == 1 else flat(old_logps)
                     drift = old - flat(sampler_logps)                                     # trainer against sampler as the round began
                     weights = is_weights(drift, b.sequences, cfg)
                     loss, clipped = policy_loss(out.logp, old, flat(advantages), flat(c), b.sequences, ratio=cfg.ratio, clip_low=cfg.clip_low,
@@ -673,9 +699,9 @@ def train(cfg):
                     loss = loss - cfg.entropy_coef * (flat(c) * out.entropy).sum()
                     (loss * world_size).backward()
                     with torch.no_grad():
-                        k3 = lambda log_ratio: log_ratio.expm1().sum() - log_ratio.sum()  # of p against q, log_ratio = log q - log p
+                        k3 = lambda log_ratio: log_ratio.expm1().sum() - log_ratio.sum()  # KL(p || q) on samples of p, log_ratio = log q - log p
                         to_ref = flat(ref_logps) - out.logp if cfg.kl_coef > 0 else torch.zeros_like(old)
-                        sums[2:] += torch.stack([loss.double(), drift.new_tensor(len(old)), clipped.sum(), k3(old - out.logp), out.entropy.sum(), k3(-drift),
+                        sums[2:] += torch.stack([loss.double(), drift.new_tensor(len(old)), clipped.sum(), k3(out.logp - old), out.entropy.sum(), k3(drift),
                                                  weights.sum(), (drift > math.log(cfg.is_cap)).sum(), k3(to_ref)]).double()
                         gap = max(gap, drift.abs().max().item() if len(drift) else 0.0)
                 if ppo:
@@ -688,8 +714,9 @@ def train(cfg):
         metrics = rollout_metrics(answers, tracks)
         num_groups, num_kept, new_tokens = all_reduce_sum(torch.tensor([len(groups), len(kept), sum(a.length for a in answers)], device=device)).tolist()
         no_spread = all_reduce_sum(sum(len({a.reward for a in g if a.reward is not None}) < 2 for g in groups))
-        metrics |= {"rollout/samples": samples_seen, "rollout/grader_error": num_errors, "rollout/kept_groups": num_kept,
-                    "rollout/zero_advantage_groups": no_spread / max(1, num_groups)}
+        metrics |= {"rollout/samples": samples_seen, "rollout/grader_error": num_errors, "rollout/kept_groups": num_kept}
+        if cfg.baseline != "none":
+            metrics["rollout/zero_advantage_groups"] = no_spread / max(1, num_groups)
         if norms:
             n = max(1.0, sums[3])
             metrics |= {"train/loss": sums[2] / len(norms), "train/grad_norm": sum(norms) / len(norms), "train/lr": cfg.lr * scale,
@@ -698,9 +725,10 @@ def train(cfg):
             if cfg.kl_coef > 0:
                 metrics["rollout/ref_kl"] = sums[10] / n
         if critic_norms:
+            old_values, returns = old_values.double(), returns.double()
             rest = returns - old_values
-            m = all_reduce_sum(torch.stack([torch.tensor(float(len(rest))), old_values.sum(), returns.sum(), returns.square().sum(), rest.sum(),
-                                            rest.square().sum()]).double().to(device)).tolist()
+            m = torch.stack([torch.ones_like(rest).sum(), old_values.sum(), returns.sum(), returns.square().sum(), rest.sum(), rest.square().sum()])
+            m = all_reduce_sum(m.to(device)).tolist()
             m = [m[0], *(x / m[0] for x in m[1:])]
             variance = m[3] - m[2] ** 2
             metrics |= {"critic/loss": sums[0] / len(critic_norms), "critic/clip_frac": sums[1] / (m[0] * cfg.num_epochs_per_step), "critic/value": m[1],
@@ -741,45 +769,45 @@ def step_optimizers(model, optimizers, cfg, scale, name):
     return grad_norm
 
 
-def validate(model, tokenizer, sources, cfg, rewards, rank, world_size):
-    """-> {"val/acc_<task>": share right, "val/reward_<task>": mean reward}, greedy. --eval_tasks are graded by their graders alone."""
-    held = [(s.name, s.track, s.val, rewards) for s in sources if s.val]
-    for task in filter(None, cfg.eval_tasks.split(",")):
-        held.append((task, 0, tasks.problems(task, cfg.eval_problems, cfg.seed), [{"grader": (grader_reward, 1.0)}]))
+def validate(model, tokenizer, held, cfg, rewards, rank, world_size):
+    """held: [(name, track, Problems)] -> {"val/acc_<name>": share right, "val/reward_<name>": mean reward}, greedy. --eval_tasks have no track: they
+    are graded by their graders alone, with room for their own answers. Failures of a grader are left out and counted."""
     val = {}
-    for name, track, problems, functions in held:
-        mine = range(len(problems))[rank::world_size]
-        groups = play_for_rewards(model, tokenizer, [(track, problems[i]) for i in mine], functions, [random_key(cfg.seed, "val", i) for i in mine],
-                                  num_samples=1, temperature=0.0, **sampling(cfg))
+    for name, track, problems in held:
+        mine, functions = range(len(problems))[rank::world_size], rewards if track is not None else [{"grader": (grader_reward, 1.0)}]
+        room = max([cfg.max_new_tokens] + [tasks.max_new_tokens(p.task) for p in problems if track is None])
+        groups = play_for_rewards(model, tokenizer, [(track or 0, problems[i]) for i in mine], functions, [random_key(cfg.seed, "val", i) for i in mine],
+                                  num_samples=1, temperature=0.0, **sampling(cfg) | dict(max_new_tokens=room))
         results = all_gather_list((g[0].outcome == Outcome.RIGHT, g[0].reward) for g in groups)
-        graded = [reward for _, reward in results if reward is not None]
-        short = Path(name).stem if Path(name).exists() else name
-        val[f"val/acc_{short}"] = sum(right for right, _ in results) / len(results)
-        if functions is rewards and cfg.rewards != "grader" and graded:
-            val[f"val/reward_{short}"] = sum(graded) / len(graded)
+        graded, short = [r for r in results if r[1] is not None], Path(name).stem if Path(name).exists() else name
+        if len(graded) < len(results):
+            val[f"val/grader_error_{short}"] = len(results) - len(graded)
+        if graded:
+            val[f"val/acc_{short}"] = sum(right for right, _ in graded) / len(graded)
+            if track is not None and cfg.rewards != "grader":
+                val[f"val/reward_{short}"] = sum(reward for _, reward in graded) / len(graded)
     return val
 
 
-def perfectible(model, tokenizer, pools, cfg, rewards, out_dir, rank, world_size):
-    """-> pools with those prompts alone that are solved within --solve_range of the time at the start (arXiv 2510.26788). Kept in solved.json."""
-    path, (low, high) = out_dir / "solved.json", map(float, cfg.solve_range.split(":"))
+def solve(model, tokenizer, pools, cfg, rewards, rank, world_size):
+    """-> the share of --solve_samples answers that are right, for every prompt."""
     asked = [(k, p) for k, pool in enumerate(pools) for p in pool]
-    if not (cfg.resume and path.exists()):
-        mine = list(range(len(asked)))[rank::world_size]
-        shares = []
-        for at in range(0, len(mine), 64):
-            part = mine[at:at + 64]
-            groups = play_for_rewards(model, tokenizer, [asked[i] for i in part], rewards, [random_key(cfg.seed, "solve", i) for i in part],
-                                      num_samples=cfg.solve_samples, temperature=cfg.temperature, desc=f"solve {at + len(part)}/{len(mine)}", **sampling(cfg))
-            shares += [(i, sum(a.outcome == Outcome.RIGHT for a in g) / len(g)) for i, g in zip(part, groups)]
-        shares = [share for _, share in sorted(all_gather_list(shares))]
-        with checkpoint.together():
-            if rank == 0:
-                write_atomically(path, json.dumps(shares) + "\n")
-    solved = iter(json.loads(path.read_text()))
-    kept = [[p for p in pool if low <= next(solved) <= high] for pool in pools]
+    mine, shares = list(range(len(asked)))[rank::world_size], []
+    for at in range(0, len(mine), 64):
+        part = mine[at:at + 64]
+        groups = play_for_rewards(model, tokenizer, [asked[i] for i in part], rewards, [random_key(cfg.seed, "solve", i) for i in part],
+                                  num_samples=cfg.solve_samples, temperature=cfg.temperature, desc=f"solve {at + len(part)}/{len(mine)}", **sampling(cfg))
+        shares += [(i, sum(a.outcome == Outcome.RIGHT for a in g) / len(g)) for i, g in zip(part, groups)]
+    return [share for _, share in sorted(all_gather_list(shares))]
+
+
+def perfectible(pools, solved, cfg, rank):
+    """-> pools with those prompts alone that are solved within --solve_range of the time at the start (arXiv 2510.26788)."""
+    (low, high), left = map(float, cfg.solve_range.split(":")), iter(solved)
+    kept = [[p for p in pool if low <= next(left) <= high] for pool in pools]
     if rank == 0:
-        print(f"perfectible: {sum(map(len, kept))} of {len(asked)} prompts are solved {low} to {high} of the time", flush=True)
+        print(f"perfectible: {sum(map(len, kept))} of {len(solved)} prompts are solved {low} to {high} of the time, on average "
+              f"{np.mean([x for x in solved if low <= x <= high] or [0]):.3f}", flush=True)
     if not all(kept):
         raise ValueError(f"--solve_range={cfg.solve_range}: a track has no prompt in it; widen it, or choose other prompts")
     return kept
@@ -793,7 +821,8 @@ def preflight(model, tokenizer, pools, cfg, rewards, rank, world_size):
             print(f"{name}: " + "\n  ".join(check_reward(reward, pools[k][:cfg.reward_check], grade)), flush=True)
     if not cfg.preflight:
         return
-    asked = [(k, p) for k, pool in enumerate(pools) for p in pool[:max(1, cfg.preflight // len(pools))]]
+    some = [shuffled(np.arange(min(len(pool), max(1, cfg.preflight // len(pools)))), len(pool), cfg.seed, "preflight", k) for k, pool in enumerate(pools)]
+    asked = [(k, pools[k][i]) for k, places in enumerate(some) for i in places.tolist()]
     mine, num_samples = range(len(asked))[rank::world_size], max(2, cfg.group_size)
     groups = play_for_rewards(model, tokenizer, [asked[i] for i in mine], rewards, [random_key(cfg.seed, "preflight", i) for i in mine],
                               num_samples=num_samples, temperature=cfg.temperature, **sampling(cfg))
@@ -815,7 +844,7 @@ def largest_batch(model, width, limit):
     """The largest power of two of sequences whose forward and backward fit: tried on CUDA, estimated from free memory elsewhere."""
     size, device = 1, model.lm_head.weight.device
     if device.type != "cuda":
-        free = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         while size < limit and memory_estimate(model.config, 2 * size, width)["total"] < free / 2:
             size *= 2
         return size

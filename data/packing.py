@@ -62,6 +62,8 @@ def shuffled(places, n, *key):
     A Feistel network over the next power of 4, keyed by (key, e): a permutation without a table. A result past n goes through again
     (cycle walking) until it falls below n, which keeps it a permutation of range(n); from 16 items on, less than 4 turns on average.
     """
+    if n < 1:
+        raise ValueError("nothing to shuffle: expected at least one item")
     places = np.asarray(places, dtype=np.uint64)
     epoch, x = places // n, places % n
     epoch_key = mix(epoch * 0x9E3779B97F4A7C15 + random_key(*key))

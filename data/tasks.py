@@ -57,7 +57,7 @@ def open_prompts(data, *, num, num_val, seed=0, grader="", val_fraction=0.05, **
     """The --data of a run that samples -> tracks (names), [Source], notes to print.
 
     data: comma-separated tasks and files of prompts; TRACK=SOURCE puts one in a track of that name, else it is in "all"; toy is the tasks of
-    SFT's mixture. num, num_val: problems of a task (its train and test splits) and at most so many held-out rows of a file, whose share is
+    SFT's mixture. num, num_val: problems of a task that makes its own (its train and test splits) and at most so many held-out rows of a file, whose share is
     val_fraction; files, grader: see prompts.problems.
     """
     tracks, sources, notes = [], [], []
@@ -73,7 +73,8 @@ def open_prompts(data, *, num, num_val, seed=0, grader="", val_fraction=0.05, **
                 split = dict(grader=grader, val_fraction=val_fraction, seed=seed)
                 train, val = (prompts.problems(found, split=part, **split) for part in ("train", "val"))
             else:
-                train = problems(task if "@" in task else f"{task}@train", num, random_key(seed, "prompts", task))
+                all_it_has = None if task.partition("@")[0] in ("gsm8k", "mbpp") else num
+                train = problems(task if "@" in task else f"{task}@train", all_it_has, random_key(seed, "prompts", task))
                 val = problems(task.partition("@")[0], num_val, seed)
             sources.append(Source(task, tracks.index(track), train, val[:num_val]))
     return tracks, sources, notes

@@ -56,6 +56,9 @@ def lambda_handler(event, context):
 
 
 def prompt_file(path="prompts.jsonl", num=24):
+    """Rows of two tracks, and the reward."""
+    if path == "prompts.jsonl":
+        prompt_file("other.jsonl", 10)
     rows = [{"id": f"row-{i}", "messages": [{"role": "user", "content": f"Say {i}."}], "reference_answer": {"n": i}} for i in range(num)]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("reward.py").write_text(REWARD)
@@ -135,7 +138,7 @@ PROBE = """
 import json, sys, torch, train_rl
 clip, grads, out = train_rl.clip_grad_norm, [], {}
 def probe(model, max_norm):
-    grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     return clip(model, max_norm)
 train_rl.clip_grad_norm = probe
 for name, settings in json.loads(sys.argv[1]).items():
@@ -153,6 +156,10 @@ CASES = {
     "grpo_batch": dict(adv_scale="batch", entropy_coef=.01),
     "reinforce++": {"method": "reinforce++", "kl_coef": .1},
     "ppo": dict(method="ppo", num_minibatches=1, truncated="bootstrap", lam=.95),
+    "ppo_minibatches": dict(method="ppo", num_minibatches=2, device_batch_size=3),          # ranks with unequal numbers of micro-batches
+    "masked": dict(truncated="mask"),
+    "tracks": dict(data="logic=prompts.jsonl,chat=other.jsonl", track_weight="logic:2,chat:1", num_minibatches=2, adv_scale="batch"),
+    "lora": dict(lora_rank=2, kl_coef=.1, kl_form="k2_loss"),
 }
 
 
@@ -163,28 +170,28 @@ def test_gradient_is_equal_for_every_micro_batch_and_packing(models, case, monke
     clip = train_rl.clip_grad_norm
     for more in (dict(device_batch_size=16), dict(device_batch_size=3), dict(device_batch_size=1), dict(device_batch_size=5, pack=True)):
         grads = []
-        monkeypatch.setattr(train_rl, "clip_grad_norm", lambda model, norm: grads.append([p.grad.clone() for p in model.parameters()]) or clip(model, norm))
-        train_rl.main(Config(**settings(models, num_steps=1, max_new_tokens=24, **CASES[case], **more)))
-        found.append([torch.cat([g.flatten() for g in grad]) for grad in grads])
-    assert len(found[0]) == (2 if case == "ppo" else 1)
+        monkeypatch.setattr(train_rl, "clip_grad_norm", lambda model, norm: grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None]) or clip(model, norm))
+        train_rl.main(Config(**settings(models, num_steps=1, max_new_tokens=24, **CASES[case] | more)))
+        found.append([torch.cat([g.flatten() for g in grad]) for grad in grads[:2 if case.startswith("ppo") else 1]])
     for other in found[1:]:
         for a, b in zip(found[0], other):
-            assert a.abs().max() > 1e-5 and (a - b).abs().max() <= 1e-6 * max(1.0, float(a.abs().max()))
+            assert a.abs().max() > 1e-5 and (a - b).abs().max() <= min(1e-6 * max(1.0, float(a.abs().max())), 1e-4 * float(a.abs().max()))
 
 
 def test_gradient_is_equal_for_two_ranks(models, tmp_path):
     prompt_file()
     (tmp_path / "probe.py").write_text(PROBE)
-    cases = {name: settings(models, num_steps=1, max_new_tokens=24, device_batch_size=4, **case) for name, case in CASES.items()}
+    cases = {name: settings(models, **dict(num_steps=1, max_new_tokens=24, device_batch_size=4) | case) for name, case in CASES.items()}
     found = []
     for ranks in (1, 2):
         run(str(tmp_path / "probe.py"), json.dumps(cases), str(tmp_path / f"{ranks}.pt"), ranks=ranks)
         found.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
     for name in cases:
-        one, two = found[0][name], found[1][name]
-        assert len(one) == len(two) == (2 if name == "ppo" else 1)
+        one, two = (f[name][:2 if name.startswith("ppo") else 1] for f in found)            # of the first update, before weights differ by rounding
         for a, b in zip(one, two):
-            assert a.keys() == b.keys() and all((a[n] - b[n]).abs().max() <= 1e-6 * max(1.0, float(a[n].abs().max())) for n in a), name
+            largest = max(float(g.abs().max()) for g in a.values())
+            assert a.keys() == b.keys() and largest > 1e-5, name
+            assert all((a[n] - b[n]).abs().max() <= min(1e-6 * max(1.0, largest), 1e-4 * largest) for n in a), name
 
 
 # -----------------------------------------------------------------------------
@@ -196,15 +203,18 @@ def test_the_first_ratio_is_1_with_tools_cache_and_packing(models):
     values = settings(models, init=models["tools"], data="math_en", rewards="grader", num_prompts=8, max_new_tokens=112, num_steps=1, temperature=.9, pack=True)
     train_rl.main(Config(**values))
     line = metrics()[-2]
-    assert line["rollout/tool_calls"] > .3 and line["train/clip_frac"] == 0
-    assert line["rollout/engine_gap_max"] <= 1e-5 and line["rollout/engine_kl"] < 1e-9
+    assert line["rollout/tool_calls"] > .3 and line["rollout/engine_gap_max"] <= 1e-5 and line["rollout/engine_kl"] < 1e-9
+    # with several updates old is a forward pass of its own: at a rate of almost 0 its ratios to the policy are 1, too
+    train_rl.main(Config(**values | dict(num_minibatches=2, lr=1e-8, device_batch_size=3)))
+    line = metrics()[-2]
+    assert line["train/clip_frac"] == 0 and abs(line["train/approx_kl"]) < 1e-9 and line["rollout/engine_gap_max"] <= 1e-5
 
 
 def test_critic_warmup_leaves_the_policy_alone(models):
     prompt_file()
-    summary = train_rl.main(Config(**settings(models, method="ppo", critic_warmup=2, num_steps=2)))
-    before, after = (load_file(Path(p) / "model.safetensors") for p in (models["random"], summary["checkpoint"]))
-    assert all(torch.equal(before[n], after[n]) for n in before)
+    train_rl.main(Config(**settings(models, method="ppo", critic_warmup=2, num_steps=3, save_every=1)))
+    before, warm, after = (load_file(Path(p) / "model.safetensors") for p in (models["random"], "out/dummy/step_000002", "out/dummy/step_000003"))
+    assert all(torch.equal(before[n], warm[n]) for n in before) and not all(torch.equal(before[n], after[n]) for n in before)
     assert metrics()[0]["critic/loss"] > 0 and "train/loss" not in metrics()[0]
 
 
@@ -225,6 +235,16 @@ def test_two_tracks_have_their_own_means_and_denominators(models):
     assert {"rollout/score_logic", "rollout/score_chat"} <= line.keys() and line["rollout/samples"] == 16
     with pytest.raises(ValueError, match="tracks are logic, chat"):
         train_rl.main(Config(**settings(models, data="logic=prompts.jsonl,chat=other.jsonl", rewards="logic/file,code/file")))
+
+
+def test_a_run_does_not_delete_its_own_start(models):
+    prompt_file()
+    train_rl.main(Config(**settings(models, num_steps=1)))
+    with pytest.raises(ValueError, match="would delete its own start"):
+        train_rl.main(Config(**settings(models, init="out/dummy", num_steps=1)))
+    assert Path("out/dummy/step_000001/model.safetensors").exists()
+    with pytest.raises(ValueError, match="no worked answers"):
+        train_rl.main(Config(**settings(models, init="", size="nano", name="other")))
 
 
 def test_refill_samples_others_in_place_of_groups_without_spread(models):
@@ -252,7 +272,7 @@ def test_resume_refuses_settings_that_change_the_run(models):
 def test_perfectible_prompts_alone(models, capsys):
     values = settings(models, init=models["tools"], data="math_en", rewards="grader", num_prompts=8, max_new_tokens=112, num_steps=1, solve_samples=8, solve_range=".05:.95")
     train_rl.main(Config(**values))
-    shares = json.loads(Path("out/dummy/solved.json").read_text())
+    shares = checkpoint.read_record("out/dummy/step_000001")["state"]["solved"]
     assert len(shares) == 8 and f"perfectible: {sum(.05 <= s <= .95 for s in shares)} of 8" in capsys.readouterr().out
 
 
@@ -286,16 +306,32 @@ def test_kill_9_and_resume_is_exact(models, method, ranks):
         assert all(torch.equal(x["state"][i][k], y["state"][i][k]) for i in x["state"] for k in x["state"][i])
 
 
-@pytest.mark.parametrize("other", ["all right", "all cut"])
-def test_a_rank_with_nothing_to_train_on_finishes(models, other):
-    """Rank 1's samples all earn the same, so all its groups leave; or all are cut and masked while rank 0's are not. It takes part all the same."""
+RANKS = """
+import os, sys, train_rl
+from common import parse_config
+play, what = train_rl.play_for_rewards, sys.argv.pop()
+def changed(*args, **options):
+    groups = play(*args, **options)
+    if os.environ["RANK"] == "1":
+        change = {"right": dict(reward=1.0), "cut": dict(finish_reason="length"), "ungradable": dict(reward=0.0, outcome="ungradable")}[what]
+        groups = [[a._replace(**change) for a in g] for g in groups]
+    else:
+        groups = [[a._replace(finish_reason="stop") for a in g] for g in groups]
+    return groups
+train_rl.play_for_rewards = changed
+train_rl.main(parse_config(train_rl.Config, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("what, method", [("right", "grpo_mean"), ("ungradable", "grpo_mean"), ("cut", "ppo")])
+def test_a_rank_with_nothing_to_train_on_finishes(models, tmp_path, what, method):
+    """Rank 1's samples are all right, or all ungradable, so its groups leave; or all are cut, and cut ones have no loss. It takes part all the same."""
     prompt_file()
-    Path("reward.py").write_text(REWARD.replace('"aggregate_reward_score": ', '"aggregate_reward_score": 1.0 if os.environ["RANK"] == "1" else '))
-    more = {} if other == "all right" else dict(truncated="mask", method="ppo")
-    run(SCRIPT, *flags(**settings(models, num_steps=2, **more)), ranks=2)
-    assert metrics()[-1]["step"] == 2
-    if other == "all cut":
-        assert metrics()[0]["rollout/truncated"] > .5
+    (tmp_path / "ranks.py").write_text(RANKS)
+    run(str(tmp_path / "ranks.py"), *flags(**settings(models, num_steps=2, truncated="mask", method=method)), what, ranks=2)
+    assert [line["step"] for line in metrics() if "train/loss" in line] == [1, 2]
+    line = metrics()[0]
+    assert dict(right=line["rollout/kept_groups"] == 2, ungradable=line["rollout/ungradable"] == .5, cut=line["rollout/truncated"] == .5)[what]
 
 
 # -----------------------------------------------------------------------------
