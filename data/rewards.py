@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -368,7 +367,7 @@ class RewardFile:
 
 def _kill(process):
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, 9)              # SIGKILL
     except ProcessLookupError:
         pass
     process.wait()
