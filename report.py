@@ -210,7 +210,7 @@ Every answer with the reason why it was kept or not: `{root}/rounds/round_0/roll
 ## Parallel RL
 
 The model after SFT is trained by GRPO on two tracks apart: logic (word problems, rewarded when call and answer are right) and chat (instructions, rewarded when
-every constraint holds). `merge.py --how={merged["settings"]["how"]}` adds both changes to the model they started from.
+every constraint holds). `merge.py --how={merged["how"]}` adds both changes to the model they started from.
 
 {evaluation.table(rl)}
 
