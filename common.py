@@ -10,6 +10,7 @@ import datetime
 import difflib
 import gc
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -162,6 +163,7 @@ def setup_distributed():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
+        importlib.import_module("torch._dynamo")                    # DDP would; imported after the group it keeps it, and with it threads, for ever
         # long, since ranks wait while one evaluates or samples more than the others
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         atexit.register(close_distributed)
@@ -172,9 +174,13 @@ def close_distributed():
     """Ends the process group while the interpreter still lives.
 
     Left to the end of the process, gloo's worker threads ask for the GIL of an interpreter that is gone, and abort the rank
-    after its work is done and saved (9 of 60 two-rank runs of a script that ended on an all_reduce).
+    after its work is done and saved (9 of 60 two-rank runs of a script that ended on an all_reduce). They end with the last
+    reference to the group.
     """
     gc.collect()                                # a DDP module holds the group in a reference cycle
+    if "torch.distributed.tensor" in sys.modules:                                 # DTensor's caches hold the mesh of FSDP2, and with it the group
+        from torch.distributed.tensor import debug
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -163,7 +163,6 @@ CHOICES = dict(baseline=("mean", "others", "none"), adv_scale=("none", "group", 
                ratio=("token", "sequence", "cispo"), dynamic_sampling=("off", "drop", "refill"),
                kl_form=("k1_reward", "k2_loss", "k3_rho_loss", "k3_loss"))
 
-
 # what a run that goes on may do otherwise than the one that stopped
 MAY_CHANGE = ("name", "num_steps", "num_epochs", "device_batch_size", "pack", "slots", "tool_timeout", "sandbox", "recompute", "compile", "preflight",
               "force", "max_grader_error", "max_engine_kl", "reward_check", "reward_timeout", "judge_retries", "eval_every", "eval_tasks", "eval_problems",
@@ -348,7 +347,7 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
         raise ValueError(f"--adv_scale={cfg.adv_scale}: {cfg.method} whitens over the batch")
     if cfg.method == "ppo" and 0 < cfg.num_steps <= cfg.critic_warmup:
         raise ValueError(f"--critic_warmup={cfg.critic_warmup}: the policy would never be trained in --num_steps={cfg.num_steps}")
-    if cfg.adv_scale == "group" and (cfg.baseline != "mean" or cfg.method in ("ppo", "reinforce++")):
+    if cfg.adv_scale == "group" and cfg.baseline != "mean":
         raise ValueError(f"--adv_scale=group divides by the deviation of a group around its mean: expected --baseline=mean, found {cfg.baseline}")
     if cfg.truncated == "bootstrap" and cfg.method != "ppo":
         raise ValueError("--truncated=bootstrap needs the critic of --method=ppo")
@@ -611,12 +610,14 @@ def train(cfg):
         sampler_logps = torch.tensor([x for a in used for x in a.logps])
         cut = lambda which: [[which[i] for i in part] for part in micro_batches([len(sequences[i][0]) for i in which], cfg.device_batch_size)] or [[]]
 
+        looks_first = num_updates > 1 or cfg.kl_coef > 0 or ppo
+        batches = [sequence_batch(sequences, which, offsets, cfg.pack) for which in cut(range(len(used)))] if looks_first else []
+
         @torch.no_grad()
         def per_token(function):
             out = torch.zeros(len(sampler_logps))
-            for which in cut(range(len(used))):
-                b = sequence_batch(sequences, which, offsets, cfg.pack).to(device)
-                out[b.tokens.cpu()] = function(b).float().cpu()
+            for b in batches:
+                out[b.tokens] = function(b.to(device)).float().cpu()
             return out
         logps_of = lambda m: per_token(lambda b: token_logps(m, m, b, cfg.temperature).logp)
         old_logps = logps_of(model) if num_updates > 1 or kl_in_reward else None        # with one update, old is the policy itself, detached
@@ -677,16 +678,14 @@ def train(cfg):
 
                 # the critic first, all of it: ranks with unequal numbers of pieces must meet in the same order of collective calls
                 for n, b in enumerate(pieces if ppo else []):
-                    b = b.to(device)
-                    flat = lambda x, b=b: x[b.tokens.cpu()].to(device)
+                    flat, b = lambda x, tokens=b.tokens: x[tokens].to(device), b.to(device)
                     set_gradient_sync(wrapped_critic, n == len(pieces) - 1)
                     values = wrapped_critic(b.ids, b.positions, b.doc_ids, b.rows)
                     loss, bounded = value_loss(values, flat(old_values), flat(returns), per_all_tokens, cfg.value_clip)
                     (loss * world_size).backward()                                        # DDP averages, we want the sum
                     sums[:2] += torch.stack([loss.detach(), bounded.sum()]).double()
                 for n, b in enumerate([] if warming else pieces):
-                    b = b.to(device)
-                    flat = lambda x, b=b: x[b.tokens.cpu()].to(device)
+                    flat, b = lambda x, tokens=b.tokens: x[tokens].to(device), b.to(device)
                     set_gradient_sync(wrapped, n == len(pieces) - 1)
                     out = token_logps(forward, model, b, cfg.temperature)
                     old = out.logp.detach() if num_updates == 1 else flat(old_logps)
@@ -737,7 +736,7 @@ def train(cfg):
             if step == cfg.critic_warmup and metrics["critic/explained_variance"] < 0:
                 logger.print("note: the critic knows less than a constant as the policy starts to move: raise --critic_warmup or --critic_lr")
         elif not norms:
-            logger.print(f"step {step + 1}: no group holds better and worse answers, so there is no update")
+            logger.print(f"step {step + 1}: no group holds better and worse answers with a loss, so there is no update")
         metrics |= {"time/step": seconds, "time/generate": generate_seconds, "time/tokens_per_sec": new_tokens / seconds}
         logger.log(step + 1, **metrics)
         logger.rollouts(step + 1, [as_line(a, tracks, step + 1) for a in answers[:cfg.log_rollouts]])
@@ -841,7 +840,8 @@ def preflight(model, tokenizer, pools, cfg, rewards, rank, world_size):
 
 
 def largest_batch(model, width, limit):
-    """The largest power of two of sequences whose forward and backward fit: tried on CUDA, estimated from free memory elsewhere."""
+    """The largest power of two of sequences whose forward and backward fit: tried on CUDA; elsewhere those whose estimate stays
+    below half of the machine's memory."""
     size, device = 1, model.lm_head.weight.device
     if device.type != "cuda":
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 from common import all_reduce_sum, setup_distributed
-from model import ModelConfig, Muon, Transformer, add_lora, make_optimizers, parallelize
+from model import ModelConfig, Muon, Transformer, add_lora, config_for_size, make_optimizers, parallelize
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -556,3 +556,13 @@ if __name__ == "__main__":
                 rank_test(out_dir, rank)
                 print(rank_test.__name__, file=done)
                 dist.barrier()
+
+
+def test_save_hf_does_not_replace_the_folder_of_a_run(tmp_path):
+    """out/<name> holds a config.json too, that of the flags, and every checkpoint of the run."""
+    model, tokenizer = Transformer(config_for_size("nano", 259)).init_weights(0), Tokenizer.bytes()
+    (tmp_path / "run/step_000001").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        checkpoint.save_hf(model, tokenizer, tmp_path / "run")
+    assert (tmp_path / "run/step_000001").exists()

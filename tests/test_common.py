@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -161,7 +162,7 @@ def disagreements(configs):
     return problems
 
 
-# flags that are no algorithm's; the comment of, say, --data or --lr may say what it is in that script
+# flags that are no algorithm's (a step is: of the optimizer here, a round of samples there); the comment of, say, --data or --lr may say what it is in that script
 PLUMBING = {"name", "device_batch_size", "max_grad_norm", "parallel", "dtype", "recompute", "compile", "save_every", "resume",
             "overwrite", "dry_run"}
 
@@ -193,6 +194,13 @@ def test_config_of(script):
 
 def test_scripts_agree():
     assert disagreements(scripts()) == []
+
+
+def test_auto_is_minus_1_where_the_flag_says_so():
+    config = scripts()["train_rl"]
+    assert parse_config(config, ["--device_batch_size=auto", "--lr=auto"]).device_batch_size == -1
+    with pytest.raises(SystemExit):
+        parse_config(config, ["--num_prompts=auto"])
 
 
 def test_the_rules_above_can_fail(capsys):
@@ -449,3 +457,31 @@ def test_without_wandb_metrics_go_to_the_file(out, monkeypatch, wandb_allowed, c
     write_steps(logger, range(2)), logger.close()
     assert "wandb is not installed: metrics go to metrics.jsonl only" in capsys.readouterr().out
     assert len(read_jsonl(out / "run/metrics.jsonl")) == 2
+
+
+RANK = """
+import os, sys, torch
+import common
+from model import Transformer, config_for_size
+rank, local_rank, world_size, device = common.setup_distributed()
+def train():
+    model = Transformer(config_for_size("nano", 259)).init_weights(0)
+    wrapped = WRAP
+    wrapped(torch.zeros(1, 8, dtype=torch.long)).float().sum().backward()
+train()
+common.close_distributed()
+threads = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+assert not [t for t in threads if "gloo" in t], threads
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("wrap", ["torch.nn.parallel.DistributedDataParallel(model)",
+                                  "__import__('torch.distributed.fsdp', fromlist=['x']).fully_shard(model)"])
+def test_closing_the_process_group_ends_its_threads(tmp_path, wrap):
+    """A thread of gloo that outlives the interpreter may abort a rank whose work is done."""
+    (tmp_path / "rank.py").write_text(RANK.replace("WRAP", wrap))
+    env = os.environ | {"PYTHONPATH": str(Path(common.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                           "--rdzv_endpoint=localhost:0", tmp_path / "rank.py"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

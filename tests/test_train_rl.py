@@ -335,7 +335,7 @@ def test_sequence_batch_predicts_each_masked_token_from_the_one_before(pack):
         flat = b.ids.flatten()
         for row, target, token, owner in zip(b.rows.tolist(), b.targets.tolist(), b.tokens.tolist(), b.sequences.tolist()):
             seen[token] = (owner, int(flat[row]), target)
-        assert int(sum(b.num_tokens for _ in [0])) == sum(len(sequences[i][0]) - 1 for i in which)
+        assert b.num_tokens == sum(len(sequences[i][0]) - 1 for i in which)
     want = [(i, ids[t - 1], ids[t]) for i, (ids, mask) in enumerate(sequences) for t in range(1, len(ids)) if mask[t]]
     assert [seen[n] for n in range(len(want))] == want and offsets[-1] == len(want)
 
