@@ -8,6 +8,7 @@ Here too: scalar heads, LoRA, optimizer groups (AdamW, Muon), DDP and FSDP2 wrap
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -145,6 +146,8 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)                                       # (B, Hkv, keys so far, K)
         if isinstance(mask, list):
             return self.o_proj(attend_by_document(q, k, v, mask, self.grouped).view(B, T, -1))
+        if isinstance(mask, tuple):
+            return self.o_proj(attend_to_prompts(q, k, v, *mask, self.grouped)[None])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -170,6 +173,41 @@ def attend_by_document(q, k, v, lengths, grouped):
     outs = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=grouped)[0].transpose(0, 1)
             for qkv in zip(*parts)]
     return torch.cat(outs).flatten(1)
+
+
+class Prompts(NamedTuple):
+    """In place of doc_ids, for a single row (1, P * W + R * A): P prompts of W slots, then R answers of A slots, which see their prompt and themselves.
+
+    What several answers go on from is computed once; each stands at the left of its slots. Positions of an answer begin where its prompt ends.
+    """
+    width: int                 # W
+    lengths: torch.Tensor      # (P,) int64: tokens of each prompt
+    owner: torch.Tensor        # (R,) int64: prompt of each answer
+
+    def to(self, device, **options):
+        return Prompts(self.width, self.lengths.to(device, **options), self.owner.to(device, **options))
+
+    def mask(self, num_slots):
+        """-> (R, 1, A, W + A) bool: the keys that each slot of an answer sees."""
+        R, W, device = len(self.owner), self.width, self.owner.device
+        A = (num_slots - len(self.lengths) * W) // R
+        of_prompt = torch.arange(W, device=device) < self.lengths[self.owner, None]                # (R, W)
+        of_answer = torch.ones(A, A, dtype=torch.bool, device=device).tril()
+        return torch.cat([of_prompt[:, None].expand(R, A, W), of_answer.expand(R, A, A)], dim=2)[:, None]
+
+
+def attend_to_prompts(q, k, v, prompts, mask, grouped):
+    """q, k, v (1,H,T,K) of T = P * W + R * A slots; prompts, mask: see Prompts. -> (T, H * K)"""
+    P, R = len(prompts.lengths), len(prompts.owner)
+
+    def split(x):                                                                  # -> (P, H, W, K), (R, H, A, K)
+        x = x[0].transpose(0, 1)
+        return (part.unflatten(0, (n, -1)).transpose(1, 2) for part, n in zip(x.tensor_split([P * prompts.width]), (P, R)))
+    (q_prompt, q), (k_prompt, k), (v_prompt, v) = split(q), split(k), split(v)
+    y_prompt = F.scaled_dot_product_attention(q_prompt, k_prompt, v_prompt, is_causal=True, enable_gqa=grouped)
+    k, v = torch.cat([k_prompt[prompts.owner], k], dim=2), torch.cat([v_prompt[prompts.owner], v], dim=2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (y_prompt, y)]).flatten(1)
 
 
 class MLP(nn.Module):
@@ -245,6 +283,8 @@ class Transformer(nn.Module):
         mask = None                                                                         # None means causal
         if cache is not None:
             mask = cache.mask(positions)                                                    # (B, 1, T, keys) bool
+        elif isinstance(doc_ids, Prompts):
+            mask = doc_ids, doc_ids.mask(T)
         elif doc_ids is not None:
             lengths = document_lengths(doc_ids) if doc_ids.device.type == "cpu" and not torch.compiler.is_compiling() else []
             if 0 < len(lengths) <= B * T // MIN_LENGTH:

@@ -369,7 +369,7 @@ def sequence_logps(forward, model, sequences, which, offsets, cfg):
 def frozen_logps(model, sequences, cfg, desc=""):
     """(S,) sequence_logps without a gradient, in the same precision. There is no dropout to turn off."""
     result, offsets = torch.zeros(len(sequences), device=model.lm_head.weight.device), token_offsets(sequences)
-    groups = micro_batches([len(ids) for ids, _ in sequences], cfg.device_batch_size * (1 if cfg.method == "kto" else 2))
+    groups = micro_batches([len(ids) for ids, _ in sequences], cfg.device_batch_size, 1 if cfg.method == "kto" else 2)
     for which in progress(groups, desc=desc) if desc else groups:
         result[which] = sequence_logps(model, model, sequences, which, offsets, cfg)
     return result

@@ -608,7 +608,8 @@ def train(cfg):
         lengths, track_of = torch.from_numpy(np.diff(offsets)), torch.tensor([a.track for a in used], dtype=torch.int64)
         owner = torch.repeat_interleave(torch.arange(len(used)), lengths)
         sampler_logps = torch.tensor([x for a in used for x in a.logps])
-        cut = lambda which: [[which[i] for i in part] for part in micro_batches([len(sequences[i][0]) for i in which], cfg.device_batch_size)] or [[]]
+        cut = lambda which: [[which[i] for i in part] for part in micro_batches([len(sequences[i][0]) for i in which], cfg.device_batch_size,
+                                                                                groups=[where[i][0] for i in which])] or [[]]
 
         looks_first = num_updates > 1 or cfg.kl_coef > 0 or ppo
         batches = [sequence_batch(sequences, which, offsets, cfg.pack) for which in cut(range(len(used)))] if looks_first else []

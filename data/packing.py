@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from common import progress, random_key
+from model import Prompts
 
 WINDOW = 4096                  # documents packed together; four times as many fill the rows .0005 to .002 better (measured)
 
@@ -313,7 +314,7 @@ class SequenceBatch(NamedTuple):
     """Some of a list of sequences, in B rows of T slots. Legend: N trained-on tokens in these rows, which may be none."""
     ids: torch.Tensor          # (B, T) int64; 0 in filler
     positions: torch.Tensor    # (B, T) int64; from 0 in every sequence
-    doc_ids: torch.Tensor      # (B, T) int64, or None where each row is one sequence: causal attention is enough
+    doc_ids: torch.Tensor      # (B, T) int64; None where each row is one sequence: causal attention is enough; Prompts where B is 1 and they are shared
     rows: torch.Tensor         # (N,) int64: indices into B * T whose hidden state predicts a trained-on token, sequence after sequence
     targets: torch.Tensor      # (N,) int64: that token
     tokens: torch.Tensor       # (N,) int64: its number among the trained-on tokens of the whole list, sequence after sequence
@@ -331,40 +332,68 @@ def token_offsets(sequences):
 
 def sequence_batch(sequences, which, offsets, pack=False):
     """One SequenceBatch of the sequences `which` (indices). sequences: [(ids, mask), ...], mask 1 where a token is trained on; the first
-    token of a sequence predicts nothing backwards and must have mask 0. offsets: token_offsets(sequences). pack: several short ones share
-    a row. Without any, one row of filler: a rank with nothing to do runs the same code and changes no sum.
+    token of a sequence predicts nothing backwards and must have mask 0. offsets: token_offsets(sequences).
+
+    Where sequences are the same up to their first trained-on token, that prompt is in the batch once (see model.Prompts). pack: several short
+    sequences share a row instead. Without any, one row of filler: a rank with nothing to do runs the same code and changes no sum.
     """
-    lengths = np.array([len(sequences[i][0]) - 1 for i in which], dtype=np.int64)
-    width = max(1, int(lengths.max(initial=1)))
-    rows_of = best_fit(lengths, width) if pack else [[j] for j in range(len(which))]
-    ids, positions, doc_ids = (np.zeros((max(1, len(rows_of)), width), dtype=np.int64) for _ in range(3))
-    rows, targets, tokens, owners = [], [], [], []
-    for b, members in enumerate(rows_of):
-        at = 0
-        for number, j in enumerate(members):
-            i, n = which[j], int(lengths[j])
-            sequence, mask = np.asarray(sequences[i][0], dtype=np.int64), np.asarray(sequences[i][1])
-            if mask[0]:
-                raise ValueError(f"sequence {i}: its first token has mask 1, and nothing stands before it that could predict it")
-            ids[b, at:at + n], positions[b, at:at + n], doc_ids[b, at:at + n] = sequence[:-1], np.arange(n), number
-            trained = np.flatnonzero(mask[1:])
-            rows.append(b * width + at + trained)
-            targets.append(sequence[1:][trained])
-            tokens.append(offsets[i] + np.arange(len(trained)))
-            owners.append(np.full(len(trained), i))
-            at += n
-        positions[b, at:], doc_ids[b, at:] = np.arange(width - at), len(members)
+    chosen = [(np.asarray(sequences[i][0], dtype=np.int64), np.asarray(sequences[i][1])) for i in which]
+    for i, (_, mask) in zip(which, chosen):
+        if mask[0]:
+            raise ValueError(f"sequence {i}: its first token has mask 1, and nothing stands before it that could predict it")
+    trained = [np.flatnonzero(mask) for _, mask in chosen]
+    owners = [np.full(len(at), i) for i, at in zip(which, trained)]
+    targets = [ids[at] for (ids, _), at in zip(chosen, trained)]
+    tokens = [offsets[i] + np.arange(len(at)) for i, at in zip(which, trained)]
+    lengths = np.array([len(ids) - 1 for ids, _ in chosen], dtype=np.int64)
+    starts = [int(at[0]) if len(at) else n for at, n in zip(trained, lengths)]             # of what is sampled: all before it is the prompt
+    prompts, owner = {}, []
+    for (ids, _), start in zip(chosen, starts):
+        owner.append(prompts.setdefault(ids[:start].tobytes(), len(prompts)))
+    if not pack and len(prompts) < len(chosen):
+        firsts = [owner.index(g) for g in range(len(prompts))]
+        prompt_lengths = np.array([starts[j] for j in firsts], dtype=np.int64)
+        width, room = int(prompt_lengths.max()), max(1, max(int(n) - start for n, start in zip(lengths, starts)))
+        tops, bottoms = np.zeros((len(firsts), width), dtype=np.int64), np.zeros((len(chosen), room), dtype=np.int64)
+        rows = []
+        for g, j in enumerate(firsts):
+            tops[g, :starts[j]] = chosen[j][0][:starts[j]]
+        for j, ((ids, _), start) in enumerate(zip(chosen, starts)):
+            bottoms[j, :lengths[j] - start] = ids[start:-1]
+            before = trained[j] - 1 - start                                                # slot of the answer; -1: the end of the prompt
+            rows.append(np.where(before < 0, owner[j] * width + start - 1, tops.size + j * room + before))
+        ids = np.concatenate([tops.ravel(), bottoms.ravel()])[None]
+        positions = np.concatenate([np.tile(np.arange(width), len(firsts)), (prompt_lengths[owner][:, None] + np.arange(room)).ravel()])[None]
+        doc_ids = Prompts(width, torch.from_numpy(prompt_lengths), torch.tensor(owner))
+        num_tokens = int(prompt_lengths.sum() + lengths.sum()) - sum(starts)
+    else:
+        width, num_tokens = max(1, int(lengths.max(initial=1))), int(lengths.sum())
+        rows_of = best_fit(lengths, width) if pack else [[j] for j in range(len(chosen))]
+        ids, positions, doc_ids = (np.zeros((max(1, len(rows_of)), width), dtype=np.int64) for _ in range(3))
+        rows = [None] * len(chosen)
+        for b, members in enumerate(rows_of):
+            at = 0
+            for number, j in enumerate(members):
+                n = int(lengths[j])
+                ids[b, at:at + n], positions[b, at:at + n], doc_ids[b, at:at + n] = chosen[j][0][:-1], np.arange(n), number
+                rows[j] = b * width + at + trained[j] - 1
+                at += n
+            positions[b, at:], doc_ids[b, at:] = np.arange(width - at), len(members)
+        doc_ids = torch.from_numpy(doc_ids) if pack else None
     flat = [torch.from_numpy(np.concatenate(x).astype(np.int64)) if x else torch.zeros(0, dtype=torch.int64) for x in (rows, targets, tokens, owners)]
-    tables = [torch.from_numpy(x) for x in (ids, positions, doc_ids)]
-    return SequenceBatch(*tables[:2], tables[2] if pack else None, *flat, int(lengths.sum()))
+    return SequenceBatch(torch.from_numpy(ids), torch.from_numpy(positions), doc_ids, *flat, num_tokens)
 
 
-def micro_batches(lengths, device_batch_size, unit=1):
+def micro_batches(lengths, device_batch_size, unit=1, groups=None):
     """Indices of sequences, cut into forward passes: longest first, device_batch_size units each, so that little is padded.
 
-    unit: so many neighbours (a pair: 2) stay together and count as one. -> lists of indices; none for no sequences
+    unit: so many neighbours (a pair: 2) stay together and count as one. groups: a number for each unit; units of one group, which share a
+    prompt, come one after the other. -> lists of indices; none for no sequences
     """
-    lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, unit)
-    order = np.argsort(-lengths.max(1), kind="stable") if len(lengths) else []
-    groups = [order[at:at + device_batch_size] for at in range(0, len(order), device_batch_size)]
-    return [[int(unit * g + k) for g in group for k in range(unit)] for group in groups]
+    lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, unit).max(1, initial=0)
+    groups = np.arange(len(lengths)) if groups is None else np.unique(np.asarray(groups, dtype=np.int64), return_inverse=True)[1]
+    longest = np.zeros(len(lengths), dtype=np.int64)
+    np.maximum.at(longest, groups, lengths)
+    order = np.lexsort((np.arange(len(lengths)), -lengths, groups, -longest[groups]))
+    cuts = [order[at:at + device_batch_size] for at in range(0, len(order), device_batch_size)]
+    return [[int(unit * g + k) for g in cut for k in range(unit)] for cut in cuts]

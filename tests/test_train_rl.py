@@ -1,6 +1,7 @@
 """The algorithms of train_rl.py: losses and advantages against float64 loops written from the papers, KL forms by enumeration, bandits with known
 optima, settings. test_train_rl_runs.py has the script as a whole."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 import train_rl
 from data.packing import micro_batches, sequence_batch, token_offsets
 from kernels import gae
-from model import Transformer, config_for_size
+from model import Prompts, Transformer, config_for_size
 from train_rl import (METHODS, Config, group_advantages, is_weights, kl_penalty, overlong_penalty, policy_loss, ppo_advantages, resolve,
                       token_logps, token_scale, value_loss, whiten)
+
 
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -320,22 +322,30 @@ def test_a_group_mean_that_holds_the_sample_shifts_a_loss_side_kl():
 # Batches of sequences
 
 
-def random_sequences(seed=0, lengths=(9, 30, 5, 17, 12), prompt=3):
+def random_sequences(seed=0, lengths=(9, 30, 5, 17, 12), prompts=(3,)):
+    """Sequence i goes on from prompt i % len(prompts), of prompts[...] tokens; the mask has holes, as tool results make them."""
     rng = np.random.default_rng(seed)
-    return [(rng.integers(0, 256, n).tolist(), [0] * prompt + rng.integers(0, 2, n - prompt - 1).tolist() + [1]) for n in lengths]
+    heads = [rng.integers(0, 256, n).tolist() for n in prompts]
+    heads = [heads[i % len(heads)] for i in range(len(lengths))]
+    return [(head + rng.integers(0, 256, n - len(head)).tolist(), [0] * len(head) + [1] + rng.integers(0, 2, max(0, n - len(head) - 2)).tolist() + [1] * (n > len(head) + 1))
+            for head, n in zip(heads, lengths)]
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_sequence_batch_predicts_each_masked_token_from_the_one_before(pack):
-    sequences = random_sequences()
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_sequence_batch_predicts_each_masked_token_from_the_one_before(pack, size):
+    sequences = random_sequences(prompts=(3, 4))
     offsets = token_offsets(sequences)
-    seen = {}
-    for which in micro_batches([len(ids) for ids, _ in sequences], 2):
+    seen, groups = {}, [i % 2 for i in range(len(sequences))]
+    for which in micro_batches([len(ids) for ids, _ in sequences], size, groups=groups):
         b = sequence_batch(sequences, which, offsets, pack)
+        shared = not pack and len({groups[i] for i in which}) < len(which)
+        assert isinstance(b.doc_ids, Prompts) == shared
         flat = b.ids.flatten()
         for row, target, token, owner in zip(b.rows.tolist(), b.targets.tolist(), b.tokens.tolist(), b.sequences.tolist()):
             seen[token] = (owner, int(flat[row]), target)
-        assert b.num_tokens == sum(len(sequences[i][0]) - 1 for i in which)
+        saved = sum(sum(groups[i] == g for i in which) * n for g, n in ((0, 3), (1, 4))) - sum(n for g, n in ((0, 3), (1, 4)) if g in [groups[i] for i in which])
+        assert b.num_tokens == sum(len(sequences[i][0]) - 1 for i in which) - shared * saved
     want = [(i, ids[t - 1], ids[t]) for i, (ids, mask) in enumerate(sequences) for t in range(1, len(ids)) if mask[t]]
     assert [seen[n] for n in range(len(want))] == want and offsets[-1] == len(want)
 
@@ -350,34 +360,37 @@ def test_sequence_batch_of_nothing_and_of_a_bad_mask():
 def test_micro_batches_keep_units_together():
     groups = micro_batches([5, 1, 9, 2, 3, 3], 2, unit=2)
     assert groups == [[2, 3, 0, 1], [4, 5]] and micro_batches([], 4) == []
+    assert micro_batches([5, 1, 9, 2, 3, 3], 2, groups=[7, 7, 4, 9, 4, 9]) == [[2, 4], [0, 1], [5, 3]]
 
 
 @pytest.mark.parametrize("ratio, aggregate", [("token", "token_mean"), ("sequence", "seq_mean"), ("cispo", "constant")])
 def test_gradient_does_not_depend_on_the_cut(ratio, aggregate):
-    """8 sequences in one batch, in 4 of 2, in 8 of 1, padded and packed: one gradient."""
-    model = Transformer(config_for_size("nano", 259)).init_weights(1)
-    sequences = random_sequences(lengths=(9, 30, 5, 17, 12, 8, 21, 14))
+    """8 sequences in one batch, in 4 of 2, in 8 of 1, with a shared prompt or its copies, padded and packed: one gradient."""
+    model = Transformer(replace(config_for_size("nano", 259), num_kv_heads=1), torch.float64).init_weights(1).double()
+    for p in model.parameters():
+        p.data += .02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    sequences = random_sequences(lengths=(9, 30, 6, 17, 12, 5, 21, 14), prompts=(3, 8, 4))
     offsets = token_offsets(sequences)
     n, lengths = int(offsets[-1]), torch.from_numpy(np.diff(offsets))
     owner = torch.repeat_interleave(torch.arange(8), lengths)
-    advantages, drift = draws(8).float()[owner], .2 * draws(n, seed=1).float()
+    advantages, drift = draws(8)[owner], .2 * draws(n, seed=1)
     with torch.no_grad():
         b = sequence_batch(sequences, list(range(8)), offsets)
-        old = torch.zeros(n)
+        old = torch.zeros(n, dtype=torch.float64)
         old[b.tokens] = token_logps(model, model, b, .7).logp
     old += drift
-    c = token_scale(lengths, aggregate, n, 8, 32).float()[owner]
+    c = token_scale(lengths, aggregate, n, 8, 32)[owner]
     gradients = []
-    for size, pack in ((8, False), (2, False), (1, False), (8, True), (4, True)):
+    for size, pack, groups in ((1, False, None), (2, False, None), (8, False, None), (4, False, [i % 3 for i in range(8)]), (8, True, None), (4, True, None)):
         model.zero_grad()
-        for which in micro_batches([len(ids) for ids, _ in sequences], size):
+        for which in micro_batches([len(ids) for ids, _ in sequences], size, groups=groups):
             b = sequence_batch(sequences, which, offsets, pack)
             out, at = token_logps(model, model, b, .7), b.tokens
             policy_loss(out.logp, old[at], advantages[at], c[at], b.sequences, ratio=ratio, clip_low=.1, clip_high=.1)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].abs().max() > 1e-4
     for g in gradients[1:]:
-        assert (g - gradients[0]).abs().max() <= 1e-6 * max(1.0, float(gradients[0].abs().max()))
+        assert (g - gradients[0]).abs().max() <= 1e-6 * float(gradients[0].abs().max())         # norms take fp32 statistics
 
 
 def test_what_stands_at_mask_0_changes_no_loss():
