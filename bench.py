@@ -328,9 +328,9 @@ def rl_temper(group, shape, folder, cfg):
 
     def collect(*args):
         clock.begin()
-        kept, groups = play(*args)
+        kept, at, groups = play(*args)
         rounds.append([(a.ids[:a.mask.index(1)], a.ids[a.mask.index(1):]) for g in groups for a in g])
-        return kept, groups
+        return kept, at, groups
 
     def order(indices, num, seed, what, *keys):                 # of minibatches: asked for when all but the update is done
         if what == "minibatch":

@@ -92,15 +92,18 @@ class LoRALinear(nn.Module):
         return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
+def rms_norm(x, weight, eps):
+    """x (..., D), weight (..., D): statistics in fp32, as the released models compute them; the scale is applied in the input's dtype."""
+    return weight.to(x.dtype) * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        # statistics in fp32, as the released models compute them; the scale is applied in the input's dtype
-        wide = x.float()
-        return self.weight.to(x.dtype) * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def inverse_frequencies(config):
@@ -116,10 +119,15 @@ def inverse_frequencies(config):
     return keep * freqs + (1 - keep) * freqs / s.factor
 
 
+def rotations(angles, dtype):
+    """angles (...,K/2) -> cos, sin (...,K) for rotate."""
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x, cos, sin):
-    """x (B,H,T,K); cos, sin (B,1,T,K/2). Pairs are (i, i + K/2), Hugging Face's layout, not interleaved."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """x (...,K); cos, sin: of rotations. Pairs are (i, i + K/2), Hugging Face's layout, not interleaved."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -279,10 +287,10 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
         angles = positions[:, None, :, None].float() * self.inv_freq                        # (B, 1, T, K/2)
-        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        cos, sin = rotations(angles, self.compute_dtype)                                    # (B, 1, T, K)
         mask = None                                                                         # None means causal
         if cache is not None:
-            mask = cache.mask(positions)                                                    # (B, 1, T, keys) bool
+            mask = cache.mask(positions)                                                    # (B, 1, T, keys), 0 or -inf
         elif isinstance(doc_ids, Prompts):
             mask = doc_ids, doc_ids.mask(T)
         elif doc_ids is not None:

@@ -1,11 +1,12 @@
 """Generation: what is sampled, its log-probabilities, and that neither neighbours, slots nor refills change it."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from engine import Cache, extend, generate, sample, uniform
-from model import Transformer, config_for_size
+from engine import Cache, decoder_weights, extend, generate, sample, uniform
+from model import Transformer, add_lora, config_for_size
 
 END_TURN, END_TEXT = 258, 256
 
@@ -120,11 +121,32 @@ def test_tool_results_are_appended_not_sampled(model):
 
 
 def test_group_shares_one_prefill(model, monkeypatch):
-    tokens = []
-    forward = Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, ids, *a, **k: (tokens.append(tuple(ids.shape)), forward(self, ids, *a, **k))[1])
+    tokens, lookup = [], torch.nn.Embedding.forward
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (tokens.append(tuple(ids.shape)), lookup(self, ids))[1])
     generate(model, Tok(), [PROMPTS[3]], num_samples=8, max_new_tokens=2, stop_ids=set())
-    assert tokens == [(1, 20), (8, 1)]
+    assert tokens == [(1, 20), (8,)]
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("change", [{}, dict(num_kv_heads=1), dict(qk_norm=False, qkv_bias=True), dict(num_kv_heads=1, lora=True), dict(dtype=torch.bfloat16)])
+def test_decode_equals_the_models_forward(rows, change):
+    """One token for each row: the same cache, the same hidden states."""
+    change = dict(change)
+    lora, dtype = change.pop("lora", False), change.pop("dtype", torch.float32)
+    model = Transformer(replace(config_for_size("nano", 265), **change), dtype).init_weights(0)
+    if lora:
+        add_lora(model, 4, 8.0)
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    lengths, results = [3 + i % 5 for i in range(rows)], []
+    with torch.no_grad():
+        for weights in (None, decoder_weights(model)):
+            cache = Cache(model, rows + 1, 12)
+            extend(model, cache, slice(0, rows), [[5 + i + j for j in range(n)] for i, n in enumerate(lengths)], [0] * rows)
+            logits = extend(model, cache, slice(0, rows), [[7 + i] for i in range(rows)], lengths, weights)
+            results.append((logits, *(torch.cat([t[:, i, :, :n + 1].flatten() for i, n in enumerate(lengths)]) for t in (cache.k, cache.v))))
+    for a, b in zip(*results):
+        assert (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1) * a.abs().max() and a.abs().max() > .1
 
 
 def test_extend_with_ragged_rows_equals_one_by_one(model):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from model import (SIZES, ModelConfig, Muon, RMSNorm, RopeScaling, ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size,
-                   flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rotate)
+                   flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rotate, rotations)
 
 TINY = ModelConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 KINDS = {"llama": TINY, "qwen2": replace(TINY, qkv_bias=True, tie_embeddings=True), "qwen3": replace(TINY, qk_norm=True, head_dim=12)}
@@ -44,8 +44,8 @@ def loss_of(model, ids, **where):
 
 def test_rotate_by_hand():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)                # pairs (1, 3) and (2, 4)
-    cos, sin = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)     # a quarter turn, none
-    assert rotate(x, cos, sin).flatten().tolist() == [-3.0, 2.0, 1.0, 4.0]
+    cos, sin = rotations(torch.tensor([math.pi / 2, 0.0]), torch.float32)                  # a quarter turn, none
+    assert rotate(x, cos, sin).flatten().tolist() == pytest.approx([-3.0, 2.0, 1.0, 4.0], abs=1e-6)
 
 
 def test_rms_norm_by_hand():

@@ -14,7 +14,7 @@ from data.packing import micro_batches, sequence_batch, token_offsets
 from kernels import gae
 from model import Prompts, Transformer, config_for_size
 from train_rl import (METHODS, Config, group_advantages, is_weights, kl_penalty, overlong_penalty, policy_loss, ppo_advantages, resolve,
-                      token_logps, token_scale, value_loss, whiten)
+                      reward_to_go, token_logps, token_scale, value_loss, whiten)
 
 
 def draws(*shape, seed=0):
@@ -244,6 +244,42 @@ def test_kl_forms_that_pull_to_the_reference(form):
 def test_k3_in_the_loss_is_the_other_direction():
     found, forward, backward = kl_gradients("k3_loss")
     assert torch.allclose(found, backward, atol=1e-12) and not torch.allclose(found, forward, atol=1e-3)
+
+
+def two_tokens():
+    """A policy and a reference over sequences of two tokens out of three: logits (3,) of the first, (3, 3) of the second after it."""
+    logits = [draws(3, seed=1).requires_grad_(), draws(3, 3, seed=2).requires_grad_()]
+    logps = lambda first, second: torch.stack([first.log_softmax(-1)[:, None].expand(3, 3), second.log_softmax(-1)], dim=-1).view(9, 2)
+    ref = logps(draws(3, seed=3), draws(3, 3, seed=4))
+    return logits, logps(*logits), ref                                                   # (9, 2): of both tokens of every sequence
+
+
+def gradient(loss, logits):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, logits, retain_graph=True)])
+
+
+@pytest.mark.parametrize("credit", ["to go", "whole"])
+def test_k1_in_the_reward_has_the_gradient_of_the_kl_of_sequences(credit):
+    logits, logps, ref = two_tokens()
+    probs = logps.sum(1).exp()
+    exact = gradient((probs * (logps - ref).sum(1)).sum(), logits)
+    k1, offsets = (logps - ref).detach(), np.arange(0, 19, 2)
+    advantages = reward_to_go(-k1.flatten(), offsets) if credit == "to go" else -k1.sum(1).repeat_interleave(2)
+    loss, _ = policy_loss(logps.flatten(), logps.detach().flatten(), advantages, probs.detach().repeat_interleave(2), torch.arange(9).repeat_interleave(2))
+    assert (gradient(loss, logits) - exact).norm() <= 1e-12 * exact.norm()
+
+
+@pytest.mark.parametrize("form", ["k2_loss", "k3_rho_loss", "k3_loss"])
+def test_kl_in_the_loss_holds_the_prefix_fixed(form):
+    """Each token's KL has its gradient (k3: that of the other direction), but not what the token does to the KLs after it."""
+    logits, logps, ref = two_tokens()
+    probs = logps.detach().sum(1).exp()
+    found = gradient((probs[:, None] * kl_penalty(logps, logps.detach(), ref, form)).sum(), logits)
+    p, q = (logps, ref) if form != "k3_loss" else (ref, logps)
+    per_token = [(p[::3, 0].exp() * (p - q)[::3, 0]).sum(), (probs.view(3, 3).sum(1) * (p[:, 1].exp() * (p - q)[:, 1]).view(3, 3).sum(1)).sum()]
+    assert (found - gradient(sum(per_token), logits)).norm() <= 1e-12 * found.norm()
+    exact = gradient((logps.sum(1).exp() * (logps - ref).sum(1)).sum(), logits)
+    assert (found - exact).norm() > .05 * exact.norm()
 
 
 # -----------------------------------------------------------------------------
