@@ -68,6 +68,8 @@ class Config:
     judge: str = ""                  # checkpoint folder, or the http(s) URL of an OpenAI-compatible server
     judge_model: str = ""            # the model's name on that server
     judge_retries: int = 2           # repeats after transport faults
+    judge_timeout: float = 60.0      # seconds until a request to a server is given up
+    judge_range: str = "0:1"         # lowest and highest score; others are failures of the judge
     rubric: str = "instruction"      # instruction | summary | reasoning | faithfulness, or a file with {prompt} {answer} {reference}
     max_grader_error: float = 0.02   # share of a step's samples that may go without a reward
     # the algorithm; auto: by method, see METHODS
@@ -502,7 +504,9 @@ def train(cfg):
         return settings
     rewards = [] if not online else open_rewards(cfg.rewards, ["all"], device=device, reward_file=cfg.reward_file, reward_function=cfg.reward_function,
                                                  reward_role=cfg.reward_role, reward_event=cfg.reward_event, reward_timeout=cfg.reward_timeout,
-                                                 judge=cfg.judge, judge_model=cfg.judge_model, judge_retries=cfg.judge_retries, rubric=cfg.rubric)
+                                                 judge=cfg.judge, judge_model=cfg.judge_model, judge_retries=cfg.judge_retries,
+                                                 judge_timeout=cfg.judge_timeout, judge_range=cfg.judge_range,
+                                                 rubric=cfg.rubric)
 
     # where the run starts is the reference
     if not cfg.resume and rank == 0:

@@ -71,6 +71,8 @@ class Config:
     judge: str = ""                  # checkpoint folder, or the http(s) URL of an OpenAI-compatible server
     judge_model: str = ""            # the model's name on that server
     judge_retries: int = 2           # repeats after transport faults
+    judge_timeout: float = 60.0      # seconds until a request to a server is given up
+    judge_range: str = "0:1"         # lowest and highest score; others are failures of the judge
     rubric: str = "instruction"      # instruction | summary | reasoning | faithfulness, or a file with {prompt} {answer} {reference}
     log_filter: str = ""             # of invocation logs: JSON with equals, notEquals, andAll or orAll
     log_bodies: str = ""             # folder with bodies that a log keeps elsewhere
@@ -165,8 +167,8 @@ CHOICES = dict(baseline=("mean", "others", "none"), adv_scale=("none", "group", 
 
 # what a run that goes on may do otherwise than the one that stopped
 MAY_CHANGE = ("name", "num_steps", "num_epochs", "device_batch_size", "pack", "slots", "tool_timeout", "sandbox", "recompute", "compile", "preflight",
-              "force", "max_grader_error", "max_engine_kl", "reward_check", "reward_timeout", "judge_retries", "eval_every", "eval_tasks", "eval_problems",
-              "log_rollouts", "save_every", "resume", "overwrite", "dry_run")
+              "force", "max_grader_error", "max_engine_kl", "reward_check", "reward_timeout", "judge_retries", "judge_timeout", "eval_every", "eval_tasks",
+              "eval_problems", "log_rollouts", "save_every", "resume", "overwrite", "dry_run")
 
 
 def group_advantages(rewards, valid, baseline="mean", scale="none"):
@@ -514,7 +516,8 @@ def train(cfg):
     held += [(task, None, tasks.problems(task, cfg.eval_problems, cfg.seed)) for task in filter(None, cfg.eval_tasks.split(","))]
     rewards = open_rewards(cfg.rewards, tracks, device=device, reward_file=cfg.reward_file, reward_function=cfg.reward_function,
                            reward_role=cfg.reward_role, reward_event=cfg.reward_event, reward_timeout=cfg.reward_timeout, judge=cfg.judge,
-                           judge_model=cfg.judge_model, judge_retries=cfg.judge_retries, rubric=cfg.rubric)
+                           judge_model=cfg.judge_model, judge_retries=cfg.judge_retries, judge_timeout=cfg.judge_timeout, judge_range=cfg.judge_range,
+                           rubric=cfg.rubric)
     if cfg.dry_run:
         return settings
 

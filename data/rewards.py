@@ -109,7 +109,8 @@ def weighted(scores, weights):
 
 
 def open_rewards(spec, tracks, *, device="cpu", reward_file="", reward_function="lambda_handler", reward_role="assistant", reward_event="list",
-                 reward_timeout=30.0, judge="", judge_model="", judge_retries=2, rubric="instruction"):
+                 reward_timeout=30.0, judge="", judge_model="", judge_retries=2, judge_timeout=60.0, judge_range="0:1",
+                 rubric="instruction"):
     """The flags of a run -> for each track {name: (reward, weight)}; a reward that several tracks name is one object."""
     found = parse_rewards(spec)
     if wrong := [t for t in found if t and t not in tracks] or [t for t in tracks if not (found.get(t) or found.get(""))]:
@@ -125,7 +126,12 @@ def open_rewards(spec, tracks, *, device="cpu", reward_file="", reward_function=
         from data.judge import Judge
         if not judge:
             raise ValueError(f"--rewards={spec} names judge: expected a checkpoint folder or a URL in --judge")
-        return Judge(judge, rubric, retries=judge_retries, model=judge_model, device=device)
+        low, _, high = judge_range.partition(":")
+        try:
+            bounds = float(low), float(high)
+        except ValueError:
+            raise ValueError(f"--judge_range={judge_range}: expected lowest:highest, e.g. 0:1") from None
+        return Judge(judge, rubric, retries=judge_retries, timeout=judge_timeout, score_range=bounds, model=judge_model, device=device)
     weights = [found.get(t) or found[""] for t in tracks]
     made = {name: make(name) for name in dict.fromkeys(name for named in weights for name in named)}
     return [{name: (made[name], weight) for name, weight in named.items()} for named in weights]

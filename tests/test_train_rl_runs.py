@@ -1,12 +1,16 @@
 """train_rl.py as its user runs it: files and rewards in, equal gradients however the batch is cut, exact resume, nothing lost when rewards fail."""
 import gzip
 import json
+import re
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_judge import Server
 from test_train_sft import kill_9, run
 
 import checkpoint
@@ -196,6 +200,45 @@ def test_gradient_is_equal_for_two_ranks(models, tmp_path):
 
 # -----------------------------------------------------------------------------
 # On policy, with tools
+
+
+def test_a_judge_over_http_through_a_whole_run(models):
+    """500s and late answers come right at the second try; garbage is no reward, counted, and no end of the run until there is too much of it."""
+    prompt_file()
+    server, seen = Server(), Counter()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def reply(request):
+        text = json.dumps(request["messages"])
+        with server.lock:
+            seen[text] += 1
+        number = int(re.search(r"Say (\d+)\.", text)[1])
+        if number % 4 == 1 and seen[text] == 1:
+            return 500
+        if number % 4 == 2 and seen[text] == 1:
+            time.sleep(1.5)
+        return "This deserves 8/10." if number % 4 == 3 else json.dumps({"score": (len(text) % 7) / 2})
+    server.reply = reply
+    values = settings(models, rewards="judge", judge=server.url, judge_timeout=1.0, judge_range="0:3", num_steps=2, prompts_per_step=8, max_grader_error=.9, log_rollouts=64)
+    try:
+        train_rl.main(Config(**values))
+        for line, rows in zip([line for line in metrics() if "train/loss" in line], steps_of("dummy")):
+            failed = [row for row in rows if row["outcome"] == "grader_error"]
+            garbage = [row for row in rows if int(row["prompt"][-1]["content"][4:-1]) % 4 == 3]
+            assert failed and [row for row in garbage if row["outcome"] != "ungradable"] == failed        # no answer: the judge is not asked
+            assert line["rollout/grader_error"] == len(failed) and line["rewards/judge/judge_parse_failure"] == len(failed) / len(rows)
+            assert {row["reward"] for row in failed} == {None} and None not in {row["reward"] for row in rows if row not in failed}
+        assert max(row["reward"] for rows in steps_of("dummy") for row in rows if row["reward"] is not None) > 1
+        with pytest.raises(RuntimeError, match="judge"):
+            train_rl.main(Config(**values | dict(overwrite=True, max_grader_error=.02)))
+    finally:
+        server.shutdown()
+
+
+def steps_of(name):
+    """The kept samples of each step."""
+    rows = [json.loads(line) for line in Path(f"out/{name}/rollouts.jsonl").read_text().splitlines()]
+    return [[row for row in rows if row["step"] == step] for step in sorted({row["step"] for row in rows})]
 
 
 def test_the_first_ratio_is_1_with_tools_cache_and_packing(models):
