@@ -106,10 +106,12 @@ def picture(root, mid, sft, rounds, rl, path):
     by_level.set(title=f"{rounds[0]['results'][0]['task']}: success by level", ylabel="share right", ylim=(0, 1.05))
 
     for ax, key, title, label in ((score, "rollout/score", "RL: reward of sampled answers", "mean reward"),
-                                  (entropy, "train/entropy", "RL: entropy", "nats per token"),
+                                  (entropy, "train/entropy", "RL: entropy, and KL to the start (dashed)", "nats per token"),
                                   (length, "rollout/response_length", "RL: length of answers", "sampled tokens")):
         for name in ("rl_logic", "rl_chat"):
             ax.plot(*series(root, name, key), color=COLORS[name], label=RL[name])
+            if ax is entropy:
+                ax.plot(*series(root, name, "rollout/ref_kl"), "--", color=COLORS[name])
         ax.set(title=title, xlabel="step", ylabel=label)
         ax.set_ylim(bottom=0)
     interval_bars(tracks, rl, [r["task"] for r in rl["sft"]], list(rl))

@@ -47,8 +47,8 @@ rounds() { python train_sft.py --name=quickstart/rounds --init=$root/sft --data=
 both rounds evaluation
 
 say "RL: the model after SFT on a logic and on a chat track, side by side, then merged (two and a half minutes)"
-rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --num_steps=20 --prompts_per_step=$3 --lr=3e-4 --eval_every=0 --eval_problems=60 \
-    2>&1 | tee "$root/rl_$1.log" | grep --line-buffered -E '^preflight|^step +[0-9]*[05]/|Error' | sed -u "s/^/$1 /"; }
+rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --num_steps=20 --prompts_per_step=$3 --lr=3e-4 --kl_coef=1e-3 --eval_every=0 \
+    --eval_problems=60 2>&1 | tee "$root/rl_$1.log" | grep --line-buffered -E '^preflight|^step +[0-9]*[05]/|Error' | sed -u "s/^/$1 /"; }
 rl_logic() { rl logic math_en 12; }
 rl_chat()  { rl chat chat_en 24; }
 both rl_logic rl_chat

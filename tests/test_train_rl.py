@@ -286,7 +286,7 @@ def test_kl_in_the_loss_holds_the_prefix_fixed(form):
 # Bandits: five arms, exact expectations over groups are not needed, many samples are
 
 
-def bandit(method, rewards, steps=400, group=16, num_groups=16, lr=.1, seed=0, updates=1, **settings):
+def bandit(method, rewards, steps=400, group=16, num_groups=16, lr=.1, seed=0, updates=1, shuffled=False, **settings):
     """A softmax over five arms trained by the script's own functions, one token a sample. -> probabilities"""
     cfg = resolve(Config(method=method, init="x", num_steps=steps, group_size=group, **settings), 1e6, 1000, 1)
     g = torch.Generator().manual_seed(seed)
@@ -301,7 +301,8 @@ def bandit(method, rewards, steps=400, group=16, num_groups=16, lr=.1, seed=0, u
             group_["lr"] = lr * (1 - step / steps)
         old = theta.detach().log_softmax(0)
         arms = torch.multinomial(old.exp(), num_groups * group, replacement=True, generator=g)
-        r = rewards[arms] - (cfg.kl_coef * (old - ref)[arms] if cfg.kl_form == "k1_reward" else 0.0)
+        paid = arms[torch.randperm(len(arms), generator=g)] if shuffled else arms
+        r = rewards[paid] - (cfg.kl_coef * (old - ref)[arms] if cfg.kl_form == "k1_reward" else 0.0)
         n, owners = len(arms), torch.arange(num_groups * group)
         if method == "ppo":
             a, returns = ppo_advantages(r, value.expand(n).clone(), np.arange(n + 1), torch.zeros(n).double(), cfg)
@@ -331,6 +332,15 @@ ARMS = torch.tensor([.1, .9, .3, .5, .2], dtype=torch.float64)
 def test_every_method_finds_the_best_arm(method):
     probs, _, _ = bandit(method, ARMS, kl_coef=0.0, steps=200, lr=.3 if method == "gspo" else .1)
     assert probs[1] >= .95, probs
+
+
+@pytest.mark.parametrize("method", ["grpo_mean", "ppo"])
+def test_controls_learn_nothing(method):
+    """Rewards of other samples, a rate of 0; and with the sign turned, the worst arm."""
+    settings = dict(kl_coef=0.0, steps=200)
+    assert max(float(bandit(method, ARMS, shuffled=True, seed=seed, **settings)[0][1]) for seed in range(3)) < .6
+    assert bandit(method, ARMS, lr=0.0, **settings)[0].tolist() == pytest.approx([.2] * 5)
+    assert bandit(method, -ARMS, **settings)[0][0] >= .95
 
 
 def total_variation(p, q):
