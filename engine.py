@@ -11,6 +11,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -74,11 +75,13 @@ def decoder_weights(model):
     return blocks
 
 
-def decode(model, weights, cache, ids, positions):
-    """Transformer.forward for one token in each row, ids and positions (B,) -> hidden (B,D), in half the calls: a step of a small batch is all overhead.
-    weights: decoder_weights(model)."""
-    c, B = model.config, len(ids)
+def decode(model, weights, cache, new_ids, lengths):
+    """extend for one id in each of the first B rows: Transformer.forward in half the calls, since a step of a small batch is all overhead.
+    weights: decoder_weights(model). -> logits (B,V) fp32"""
+    c, B, device = model.config, len(new_ids), model.lm_head.weight.device
     H, Hkv, eps = c.num_heads, c.num_kv_heads, c.norm_eps
+    ids, positions = torch.tensor(new_ids, device=device), torch.tensor(lengths, device=device).clamp(max=cache.k.shape[3] - 1)
+    cache.rows, cache.used = slice(0, B), min(max(lengths) + 1, cache.k.shape[3])
     cos, sin = rotations(positions[:, None, None].float() * model.inv_freq, model.compute_dtype)           # (B, 1, K)
     mask = cache.mask(positions[:, None])
     x = model.model.embed_tokens(ids).to(model.compute_dtype)
@@ -94,14 +97,14 @@ def decode(model, weights, cache, ids, positions):
         x = x + F.linear(y.view(B, -1), *o)
         gate, up = F.linear(block.post_attention_layernorm(x), *gate_up).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, *down)
-    return model.model.norm(x)
+    return head_logits(model.model.norm(x), model.lm_head.weight)
 
 
-def extend(model, cache, rows, new_ids, lengths, weights=None):
+def extend(model, cache, rows, new_ids, lengths):
     """Appends new_ids (list of id lists, their sizes may differ) to `rows`, which hold `lengths` tokens (list of ints).
 
-    Prefill (lengths 0), decoding (one id each; weights: decoder_weights(model)) and tool results are this one function. -> logits (B,V) fp32
-    after each row's last id. Rows shorter than the longest write filler keys beyond their end; these are masked until real tokens overwrite them.
+    Prefill (lengths 0) and tool results are this one function. -> logits (B,V) fp32 after each row's last id.
+    Rows shorter than the longest write filler keys beyond their end; these are masked until real tokens overwrite them.
     """
     device = model.lm_head.weight.device
     sizes = torch.tensor([len(ids) for ids in new_ids])
@@ -110,11 +113,8 @@ def extend(model, cache, rows, new_ids, lengths, weights=None):
     starts = torch.tensor(lengths)
     positions = (starts[:, None] + torch.arange(T)).clamp(max=cache.k.shape[3] - 1).to(device)       # (B, T)
     cache.rows, cache.used = rows, min(max(lengths) + T, cache.k.shape[3])
-    if weights and T == 1:
-        last = decode(model, weights, cache, ids[:, 0], positions[:, 0])
-    else:
-        hidden = model(ids, positions, cache=cache)
-        last = hidden[torch.arange(len(new_ids), device=device), (sizes - 1).to(device)]              # (B, D)
+    hidden = model(ids, positions, cache=cache)
+    last = hidden[torch.arange(len(new_ids), device=device), (sizes - 1).to(device)]                  # (B, D)
     return head_logits(last, model.lm_head.weight)
 
 
@@ -133,13 +133,14 @@ def head_logits(hidden, weight):
 
 
 def uniform(keys, positions):
-    """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,). Same bits on every device."""
-    def mix(x):                                                    # int64 products wrap; shifts are made logical by masking
-        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-        return x ^ ((x >> 31) & 0x1FFFFFFFF)
-    x = mix(mix(keys + positions * -7046029254386353131) + -7046029254386353131)
-    return ((x >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0 ** -53
+    """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,) on the CPU. The same bits for every device."""
+    def mix(x):                                                    # products wrap
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    keys, positions = (x.numpy().view(np.uint64) for x in (keys, positions))
+    return torch.from_numpy((mix(mix(keys + positions * golden) + golden) >> np.uint64(11)) * 2.0 ** -53)
 
 
 def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
@@ -159,9 +160,9 @@ def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
         beyond = ordered.cumsum(-1) - ordered >= top_p             # tokens before which the mass was already there
         probs = probs.masked_fill(beyond.gather(1, order.argsort(-1)), 0.0)
     running = probs.cumsum(-1)
-    token = torch.searchsorted(running, (u * running[:, -1])[:, None], right=True)[:, 0]
-    last = probs.shape[1] - 1 - (probs > 0).flip(1).int().argmax(1)  # rounding may leave u at the very end, past the last token with mass
-    token = torch.minimum(token, last)
+    total = running[:, -1]
+    below = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))           # rounding may leave u at the very end, past all mass
+    token = torch.searchsorted(running, below[:, None], right=True)[:, 0]
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
@@ -321,8 +322,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         slots = sorted(s for s in pending if len(pending[s]) == 1)
         if slots:
             rows = range(slots[-1] + 1)
-            ids = [pending.get(s, [0])[:1] for s in rows]
-            logits = extend(model, cache, slice(0, len(rows)), ids, [running[s][2] if s in running else 0 for s in rows], weights)
+            logits = decode(model, weights, cache, [pending.get(s, [0])[0] for s in rows], [running[s][2] if s in running else 0 for s in rows])
             for s in slots:
                 running[s][2] += 1
                 del pending[s]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import Cache, decoder_weights, extend, generate, sample, uniform
+from engine import Cache, decode, decoder_weights, extend, generate, sample, uniform
 from model import Transformer, add_lora, config_for_size
 
 END_TURN, END_TEXT = 258, 256
@@ -143,7 +143,8 @@ def test_decode_equals_the_models_forward(rows, change):
         for weights in (None, decoder_weights(model)):
             cache = Cache(model, rows + 1, 12)
             extend(model, cache, slice(0, rows), [[5 + i + j for j in range(n)] for i, n in enumerate(lengths)], [0] * rows)
-            logits = extend(model, cache, slice(0, rows), [[7 + i] for i in range(rows)], lengths, weights)
+            ids = [7 + i for i in range(rows)]
+            logits = decode(model, weights, cache, ids, lengths) if weights else extend(model, cache, slice(0, rows), [[i] for i in ids], lengths)
             results.append((logits, *(torch.cat([t[:, i, :, :n + 1].flatten() for i, n in enumerate(lengths)]) for t in (cache.k, cache.v))))
     for a, b in zip(*results):
         assert (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1) * a.abs().max() and a.abs().max() > .1
