@@ -29,6 +29,8 @@ from model import Prompts
 
 WINDOW = 4096                  # documents packed together; four times as many fill the rows .0005 to .002 better (measured)
 
+MIN_SAVED = 0.2                # attention to a shared prompt needs a mask in place of the causal kernel: less is not worth it
+
 Row = list[tuple[int, int]]    # (index into the sources, piece), in slot order
 
 
@@ -334,8 +336,9 @@ def sequence_batch(sequences, which, offsets, pack=False):
     """One SequenceBatch of the sequences `which` (indices). sequences: [(ids, mask), ...], mask 1 where a token is trained on; the first
     token of a sequence predicts nothing backwards and must have mask 0. offsets: token_offsets(sequences).
 
-    Where sequences are the same up to their first trained-on token, that prompt is in the batch once (see model.Prompts). pack: several short
-    sequences share a row instead. Without any, one row of filler: a rank with nothing to do runs the same code and changes no sum.
+    Where sequences are the same up to their first trained-on token, that prompt is in the batch once (see model.Prompts), if this saves at least
+    MIN_SAVED of the tokens. pack: several short sequences share a row instead. Without any sequence, one row of filler: a rank with nothing to do
+    runs the same code and changes no sum.
     """
     chosen = [(np.asarray(sequences[i][0], dtype=np.int64), np.asarray(sequences[i][1])) for i in which]
     for i, (_, mask) in zip(which, chosen):
@@ -350,9 +353,10 @@ def sequence_batch(sequences, which, offsets, pack=False):
     prompts, owner = {}, []
     for (ids, _), start in zip(chosen, starts):
         owner.append(prompts.setdefault(ids[:start].tobytes(), len(prompts)))
-    if not pack and len(prompts) < len(chosen):
-        firsts = [owner.index(g) for g in range(len(prompts))]
-        prompt_lengths = np.array([starts[j] for j in firsts], dtype=np.int64)
+    firsts = [owner.index(g) for g in range(len(prompts))]
+    prompt_lengths = np.array([starts[j] for j in firsts], dtype=np.int64)
+    num_saved = sum(starts) - int(prompt_lengths.sum())
+    if not pack and 0 < num_saved >= MIN_SAVED * lengths.sum():
         width, room = int(prompt_lengths.max()), max(1, max(int(n) - start for n, start in zip(lengths, starts)))
         tops, bottoms = np.zeros((len(firsts), width), dtype=np.int64), np.zeros((len(chosen), room), dtype=np.int64)
         rows = []
@@ -365,7 +369,7 @@ def sequence_batch(sequences, which, offsets, pack=False):
         ids = np.concatenate([tops.ravel(), bottoms.ravel()])[None]
         positions = np.concatenate([np.tile(np.arange(width), len(firsts)), (prompt_lengths[owner][:, None] + np.arange(room)).ravel()])[None]
         doc_ids = Prompts(width, torch.from_numpy(prompt_lengths), torch.tensor(owner))
-        num_tokens = int(prompt_lengths.sum() + lengths.sum()) - sum(starts)
+        num_tokens = int(lengths.sum()) - num_saved
     else:
         width, num_tokens = max(1, int(lengths.max(initial=1))), int(lengths.sum())
         rows_of = best_fit(lengths, width) if pack else [[j] for j in range(len(chosen))]

@@ -30,8 +30,10 @@ mid_0()  { logged "$root/mid_r0.log" python train_sft.py --name=quickstart/mid_r
 mid_20() { logged "$root/mid_r20.log" python train_sft.py --name=quickstart/mid_r20 $mid --replay=.2; }
 both mid_0 mid_20
 
-say "SFT of the mid-trained model on word problems with a calculator, code, tools and instructions (two minutes)"
-sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 --data=toy $shape --num_steps=260 --decay_share=.3 --eval_every=0 \
+say "SFT of the mid-trained model on word problems with a calculator, code, tools, and instructions that most demonstrations follow carelessly (two minutes)"
+python runs/careless.py $root/careless.jsonl --share=.7 > /dev/null
+sft() { python train_sft.py --name=quickstart/sft --init=$root/mid_r20 $shape --num_steps=260 --decay_share=.3 --eval_every=0 \
+    --data=toy/math_en,toy/math_ko,toy/code,toy/tool,chat_en=$root/careless.jsonl,toy/chat_ko \
     --mix=math_en:.36,math_ko:.1,code:.1,tool:.1,chat_en:.3,chat_ko:.04 2>&1 | tee "$root/sft.log" | grep --line-buffered -E '^step +[0-9]*[05]0/|Error'; }
 eval_mid() { logged "$root/eval_mid.log" python eval.py --init=$root/base,$root/mid_r0,$root/mid_r20 $retention --out=$root/eval_mid; }
 both sft eval_mid

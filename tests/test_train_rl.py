@@ -380,7 +380,7 @@ def random_sequences(seed=0, lengths=(9, 30, 5, 17, 12), prompts=(3,)):
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_sequence_batch_predicts_each_masked_token_from_the_one_before(pack, size):
-    sequences = random_sequences(prompts=(3, 4))
+    sequences = random_sequences(lengths=(19, 40, 18, 27, 22), prompts=(15, 16))
     offsets = token_offsets(sequences)
     seen, groups = {}, [i % 2 for i in range(len(sequences))]
     for which in micro_batches([len(ids) for ids, _ in sequences], size, groups=groups):
@@ -390,7 +390,7 @@ def test_sequence_batch_predicts_each_masked_token_from_the_one_before(pack, siz
         flat = b.ids.flatten()
         for row, target, token, owner in zip(b.rows.tolist(), b.targets.tolist(), b.tokens.tolist(), b.sequences.tolist()):
             seen[token] = (owner, int(flat[row]), target)
-        saved = sum(sum(groups[i] == g for i in which) * n for g, n in ((0, 3), (1, 4))) - sum(n for g, n in ((0, 3), (1, 4)) if g in [groups[i] for i in which])
+        saved = sum(sum(groups[i] == g for i in which) * n for g, n in ((0, 15), (1, 16))) - sum(n for g, n in ((0, 15), (1, 16)) if g in [groups[i] for i in which])
         assert b.num_tokens == sum(len(sequences[i][0]) - 1 for i in which) - shared * saved
     want = [(i, ids[t - 1], ids[t]) for i, (ids, mask) in enumerate(sequences) for t in range(1, len(ids)) if mask[t]]
     assert [seen[n] for n in range(len(want))] == want and offsets[-1] == len(want)
@@ -415,7 +415,7 @@ def test_gradient_does_not_depend_on_the_cut(ratio, aggregate):
     model = Transformer(replace(config_for_size("nano", 259), num_kv_heads=1), torch.float64).init_weights(1).double()
     for p in model.parameters():
         p.data += .02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    sequences = random_sequences(lengths=(9, 30, 6, 17, 12, 5, 21, 14), prompts=(3, 8, 4))
+    sequences = random_sequences(lengths=(19, 40, 16, 27, 22, 15, 31, 24), prompts=(13, 18, 14))
     offsets = token_offsets(sequences)
     n, lengths = int(offsets[-1]), torch.from_numpy(np.diff(offsets))
     owner = torch.repeat_interleave(torch.arange(8), lengths)
@@ -426,15 +426,16 @@ def test_gradient_does_not_depend_on_the_cut(ratio, aggregate):
         old[b.tokens] = token_logps(model, model, b, .7).logp
     old += drift
     c = token_scale(lengths, aggregate, n, 8, 32)[owner]
-    gradients = []
+    gradients, shared = [], 0
     for size, pack, groups in ((1, False, None), (2, False, None), (8, False, None), (4, False, [i % 3 for i in range(8)]), (8, True, None), (4, True, None)):
         model.zero_grad()
         for which in micro_batches([len(ids) for ids, _ in sequences], size, groups=groups):
             b = sequence_batch(sequences, which, offsets, pack)
+            shared += isinstance(b.doc_ids, Prompts)
             out, at = token_logps(model, model, b, .7), b.tokens
             policy_loss(out.logp, old[at], advantages[at], c[at], b.sequences, ratio=ratio, clip_low=.1, clip_high=.1)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert gradients[0].abs().max() > 1e-4
+    assert gradients[0].abs().max() > 1e-4 and shared >= 2
     for g in gradients[1:]:
         assert (g - gradients[0]).abs().max() <= 1e-6 * float(gradients[0].abs().max())         # norms take fp32 statistics
 
