@@ -62,11 +62,14 @@ class Cache:
 
 
 def decoder_weights(model):
-    """What decode needs, made once for many steps: products that share an input joined to one, LoRA merged, all in the compute dtype."""
+    """What decode needs, made once for many steps: products that share an input joined to one, LoRA merged, all in the compute dtype. A second
+    copy of the blocks' matrices, for as long as it is held. None for LoRA in low precision: merged and rounded, a small update would vanish."""
     def of(*layers):
         weights = [x.weight + x.scale * x.lora_B @ x.lora_A if isinstance(x, LoRALinear) else x.weight for x in layers]
         biases = [x.bias for x in layers if x.bias is not None]
-        return [None if not parts else torch.cat(parts).to(model.compute_dtype) for parts in (weights, biases)]
+        return [None if not parts else (parts[0] if len(parts) == 1 else torch.cat(parts)).to(model.compute_dtype) for parts in (weights, biases)]
+    if model.compute_dtype.itemsize < 4 and any(isinstance(m, LoRALinear) for m in model.modules()):
+        return None
     blocks = []
     for block in model.model.layers:
         a, mlp = block.self_attn, block.mlp
@@ -94,7 +97,7 @@ def decode(model, weights, cache, new_ids, lengths):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             y = (q * c.head_dim ** -0.5 @ k.mT + mask).softmax(-1) @ v
-        x = x + F.linear(y.view(B, -1), *o)
+        x = x + F.linear(y.reshape(B, -1), *o)
         gate, up = F.linear(block.post_attention_layernorm(x), *gate_up).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, *down)
     return head_logits(model.model.norm(x), model.lm_head.weight)
@@ -162,7 +165,7 @@ def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
     running = probs.cumsum(-1)
     total = running[:, -1]
     below = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))           # rounding may leave u at the very end, past all mass
-    token = torch.searchsorted(running, below[:, None], right=True)[:, 0]
+    token = torch.searchsorted(running, below[:, None], right=True)[:, 0].clamp(max=probs.shape[1] - 1)       # only for nan, which training refuses
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
@@ -322,7 +325,9 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         slots = sorted(s for s in pending if len(pending[s]) == 1)
         if slots:
             rows = range(slots[-1] + 1)
-            logits = decode(model, weights, cache, [pending.get(s, [0])[0] for s in rows], [running[s][2] if s in running else 0 for s in rows])
+            ids, lengths = [pending.get(s, [0])[0] for s in rows], [running[s][2] if s in running else 0 for s in rows]
+            logits = (decode(model, weights, cache, ids, lengths) if weights else
+                      extend(model, cache, slice(0, len(rows)), [[i] for i in ids], lengths))
             for s in slots:
                 running[s][2] += 1
                 del pending[s]

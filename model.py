@@ -213,7 +213,11 @@ def attend_to_prompts(q, k, v, prompts, mask, grouped):
         return (part.unflatten(0, (n, -1)).transpose(1, 2) for part, n in zip(x.tensor_split([P * prompts.width]), (P, R)))
     (q_prompt, q), (k_prompt, k), (v_prompt, v) = split(q), split(k), split(v)
     y_prompt = F.scaled_dot_product_attention(q_prompt, k_prompt, v_prompt, is_causal=True, enable_gqa=grouped)
-    k, v = torch.cat([k_prompt[prompts.owner], k], dim=2), torch.cat([v_prompt[prompts.owner], v], dim=2)
+    # of the two ways to index, the one whose gradient adds up in one order: indexing does on CUDA, index_select on threads of a CPU
+    of_owner = (lambda x: x[prompts.owner]) if q.is_cuda else (lambda x: x.index_select(0, prompts.owner))
+    k, v = torch.cat([of_owner(k_prompt), k], dim=2), torch.cat([of_owner(v_prompt), v], dim=2)
+    if grouped and q.is_cuda:                                                      # kernels that take a mask take no groups of heads
+        k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)), False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (y_prompt, y)]).flatten(1)
 

@@ -96,7 +96,7 @@ class Config:
     decay_share: float = 1.0         # the last share of the run goes linearly to rate 0; 1: all of it
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     # machine
-    pack: bool = False               # several sequences to a row, isolated from each other; false: sorted by length, one each
+    pack: bool = False               # several sequences to a row; false: sorted by length, and a prompt that answers share computed once
     slots: int = 128                 # answers sampled at once
     tool_timeout: float = 60.0       # seconds until a call is given up; its answer ends there
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
@@ -527,10 +527,11 @@ def train(cfg):
     def with_reference(part, ranks=1, desc=""):
         """part with ref and wrong_ref. ranks: so many share the work; what each leaves out are zeros, which a sum over ranks fills."""
         flat = part.sequences + part.mismatched
-        table, mine = torch.zeros(len(flat), device=device), range(rank, len(flat), ranks) if ranks > 1 else range(len(flat))
+        table = torch.zeros(len(flat), device=device)
+        mine = [i for i in range(len(flat)) if (i // size - rank) % ranks == 0]                   # pairs stay whole: they share a prompt
         if uses_ref:
             with lora_off(ref):
-                table[list(mine)] = frozen_logps(ref, [flat[i] for i in mine], cfg, desc)
+                table[mine] = frozen_logps(ref, [flat[i] for i in mine], cfg, desc)
         table = (all_reduce_sum(table) if ranks > 1 else table).tolist()
         return part._replace(ref=table[:len(part.good)], wrong_ref=table[len(part.good):])
 
@@ -541,7 +542,7 @@ def train(cfg):
     first_step, samples_seen = 0, 0
     # what a run that goes on must have in common with the one that stopped, or it would train on something else
     keys = ("method", "beta", "margin", "pairs", "data", "seed", "pairs_per_step", "prompts_per_step", "num_samples", "temperature",
-            "max_prompt_tokens", "max_new_tokens", "val_fraction", "rewards", "ref")
+            "max_prompt_tokens", "max_new_tokens", "val_fraction", "rewards", "reward_file", "judge", "rubric", "judge_range", "ref")
     fixed = {key: getattr(cfg, key) for key in keys} | counts | dict(init_hash=checkpoint.weights_hash(start))
     if resume:
         state = checkpoint.restore(resume, model, optimizers, rank, world_size)

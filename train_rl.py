@@ -123,7 +123,7 @@ class Config:
     decay_share: float = 0.0         # the last share of the run goes linearly to rate 0
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     # machine
-    pack: bool = False               # several sequences to a row; false: sorted by length, one each
+    pack: bool = False               # several sequences to a row; false: sorted by length, and a prompt that answers share computed once
     slots: int = 128                 # rollouts sampled at once
     tool_timeout: float = 60.0       # seconds until a call is given up; its rollout ends there
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs

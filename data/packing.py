@@ -316,7 +316,7 @@ class SequenceBatch(NamedTuple):
     """Some of a list of sequences, in B rows of T slots. Legend: N trained-on tokens in these rows, which may be none."""
     ids: torch.Tensor          # (B, T) int64; 0 in filler
     positions: torch.Tensor    # (B, T) int64; from 0 in every sequence
-    doc_ids: torch.Tensor      # (B, T) int64; None where each row is one sequence: causal attention is enough; Prompts where B is 1 and they are shared
+    doc_ids: torch.Tensor | Prompts | None      # (B, T) int64; None: each row is one sequence, causal attention is enough; Prompts: B is 1
     rows: torch.Tensor         # (N,) int64: indices into B * T whose hidden state predicts a trained-on token, sequence after sequence
     targets: torch.Tensor      # (N,) int64: that token
     tokens: torch.Tensor       # (N,) int64: its number among the trained-on tokens of the whole list, sequence after sequence
@@ -392,7 +392,7 @@ def micro_batches(lengths, device_batch_size, unit=1, groups=None):
     """Indices of sequences, cut into forward passes: longest first, device_batch_size units each, so that little is padded.
 
     unit: so many neighbours (a pair: 2) stay together and count as one. groups: a number for each unit; units of one group, which share a
-    prompt, come one after the other. -> lists of indices; none for no sequences
+    prompt, come one after the other, the group with the longest first. -> lists of indices; none for no sequences
     """
     lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, unit).max(1, initial=0)
     groups = np.arange(len(lengths)) if groups is None else np.unique(np.asarray(groups, dtype=np.int64), return_inverse=True)[1]

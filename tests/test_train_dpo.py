@@ -33,7 +33,7 @@ def reward(samples):
 def write_inputs(folder):
     words = "red blue green pink grey teal".split()
     with open(folder / "pairs.jsonl", "w") as f:
-        for i in range(12):
+        for i in range(11):                                       # odd: two ranks have unequal shares
             chosen, rejected = " ".join(words[:1 + i % 4]), " ".join(words[::-1][:1 + i % 3])
             f.write(json.dumps(dict(prompt=f"Name {i} colours" + "!" * (i % 5), chosen=chosen + f" {i}", rejected=rejected)) + "\n")
     (folder / "reward.py").write_text(REWARD)

@@ -222,7 +222,7 @@ def test_a_judge_over_http_through_a_whole_run(models):
     values = settings(models, rewards="judge", judge=server.url, judge_timeout=1.0, judge_range="0:3", num_steps=2, prompts_per_step=8, max_grader_error=.9, log_rollouts=64)
     try:
         train_rl.main(Config(**values))
-        for line, rows in zip([line for line in metrics() if "train/loss" in line], steps_of("dummy")):
+        for line, rows in zip([line for line in metrics() if "train/loss" in line], steps_of("dummy"), strict=True):
             failed = [row for row in rows if row["outcome"] == "grader_error"]
             garbage = [row for row in rows if int(row["prompt"][-1]["content"][4:-1]) % 4 == 3]
             assert failed and [row for row in garbage if row["outcome"] != "ungradable"] == failed        # no answer: the judge is not asked
