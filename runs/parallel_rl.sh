@@ -6,7 +6,7 @@
 #     bash runs/parallel_rl.sh              SEEDS="0 1 2 3 4" PARALLEL="0 1 2" STEPS=30 bash runs/parallel_rl.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-"0 1 2 3 4"} PARALLEL=${PARALLEL:-"0 1 2"} STEPS=${STEPS:-30} PPO_STEPS=${PPO_STEPS:-20} PERFECTIBLE=${PERFECTIBLE:-"0 1 2"}
+SEEDS=${SEEDS:-"0 1 2 3 4"} PARALLEL=${PARALLEL:-"0 1 2"} STEPS=${STEPS:-30} PERFECTIBLE=${PERFECTIBLE:-"0 1 2"}
 root=out/replay_sweep
 mkdir -p $root out/parallel_rl
 source runs/jobs.sh
@@ -33,7 +33,7 @@ rl() {                                                # NAME SEED FLAGS...
     local name=$1 seed=$2; shift 2
     run train_rl.py ${name}_s$seed --seed=$seed --init=$root/start_s$seed --lr=1e-3 --eval_every=1000 --eval_problems=200 --preflight=0 "$@"
 }
-ppo="--method=ppo --num_steps=$PPO_STEPS --prompts_per_step=32 --group_size=4 --critic_lr=3e-3 --critic_warmup=5 --kl_coef=0"
+ppo="--method=ppo --num_steps=$STEPS --prompts_per_step=32 --group_size=4 --critic_lr=3e-3 --critic_warmup=5 --kl_coef=0"
 for seed in $SEEDS; do spawn start $seed; done
 join
 for seed in $SEEDS; do spawn rl grpo_logic $seed --data=logic=math_en --prompts_per_step=16 --num_steps=$STEPS; done

@@ -5,6 +5,7 @@ merges and the joint run on both tracks, and the share of each specialist's gain
 evaluated once.
 """
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def main():
 
     print("\n| perfectible prompts | start, share right | mean of the last 5 steps | best step |\n|---|---|---|---|")
     for s in parallel:
-        if (path := root / f"perfectible_s{s}").exists():
-            shares = [x for x in json.loads((path / "solved.json").read_text()) if .2 <= x <= .8]
+        if list((path := root / f"perfectible_s{s}").glob("step_*")):
+            state = json.loads((checkpoint.newest(path) / "train.json").read_text())["state"]
+            shares = [x for x in state["solved"] if .2 <= x <= .8]
             right = [line["rollout/right"] for line in read_jsonl(path / "metrics.jsonl") if "rollout/right" in line]
             print(f"| {len(shares)} (seed {s}) | {sum(shares) / len(shares):.3f} | {sum(right[-5:]) / len(right[-5:]):.3f} | {max(right):.3f} |")
 
@@ -81,8 +83,9 @@ def main():
         for label, settings in MERGES.items():
             out = root / "merged" / f"{label.replace(', ', '_').replace(' ', '')}_s{s}"
             if f"{label}_s{s}" not in done:
-                merge.main(merge.Config(base=str(checkpoint.newest(root / f"start_s{s}")), models=f"{root / f'grpo_logic_s{s}'},{root / f'grpo_chat_s{s}'}",
-                                        out=str(out), overwrite=True, **settings))
+                with contextlib.redirect_stdout(sys.stderr):
+                    merge.main(merge.Config(base=str(checkpoint.newest(root / f"start_s{s}")), models=f"{root / f'grpo_logic_s{s}'},{root / f'grpo_chat_s{s}'}",
+                                            out=str(out), overwrite=True, **settings))
             rows.setdefault(label, []).append(evaluated(root, f"{label}_s{s}", out, done, args.num))
     kept = lambda i, task, expert: (rows_i(i, task) - rows["start"][i][task]) / (rows[expert][i][task] - rows["start"][i][task])
     print(f"\n| {len(parallel)} seeds, {args.num} problems | {' | '.join(TASKS)} | logic gain kept | chat gain kept |\n{'|---' * (len(TASKS) + 3)}|")
