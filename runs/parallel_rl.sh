@@ -2,7 +2,7 @@
 # RL on a logic track (word problems with a calculator) and a chat track (instruction constraints), from one SFT start per seed: PPO and GRPO on logic,
 # GRPO and online DPO on chat; then parallel RL both ways at equal rollouts: the two GRPO runs merged by every method of merge.py, and one run with
 # both tracks. Also GRPO on the perfectible subset: training accuracy must pass .95. Two processes
-# at a time; some two hours on 2 cores (an estimate: it ran in parts) after runs/replay_sweep.sh, whose models it starts from (else it trains them).
+# at a time; some two hours on 2 cores (an estimate: its runs were started one by one) after runs/replay_sweep.sh, whose models it starts from (else it trains them).
 #     bash runs/parallel_rl.sh              SEEDS="0 1 2 3 4" PARALLEL="0 1 2" STEPS=30 bash runs/parallel_rl.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
