@@ -52,7 +52,7 @@ say "RL: the model after SFT on a logic and on a chat track, side by side, then 
 rl() { python train_rl.py --name=quickstart/rl_$1 --init=$root/sft --data=$1=$2 --prompts_per_step=$3 --num_steps=$4 --lr=$5 --warmup_steps=3 --kl_coef=1e-3 \
     --eval_every=0 --eval_problems=60 2>&1 | tee "$root/rl_$1.log" | grep --line-buffered -E '^preflight|^step +[0-9]*[05]/|Error' | sed -u "s/^/$1 /"; }
 rl_logic() { rl logic math_en 12 20 3e-4; }
-rl_chat()  { rl chat chat_en 24 30 1e-3; }
+rl_chat()  { rl chat chat_en 24 25 1e-3; }
 both rl_logic rl_chat
 python merge.py --base=$root/sft --models=$root/rl_logic,$root/rl_chat --how=task --lam=.7 --out=$root/merged | grep -v '^{'
 logged "$root/eval_rl.log" python eval.py --init=$root/sft,$root/rl_logic,$root/rl_chat,$root/merged --num_problems=60 --tasks=math_en,chat_en --out=$root/eval_rl

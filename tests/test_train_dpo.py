@@ -342,7 +342,6 @@ def test_gradient_is_the_same_for_any_cut(moved, method):
 
 
 RESUMED = ONLINE | dict(cold_start=2, num_steps=3, save_every=2, lr=3e-3)
-TWO = ("sigmoid_norm", "kto", "orpo")
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +351,7 @@ def two_ranks(moved, tmp_path_factory):
     write_inputs(folder)
     os.chdir(folder)
     try:
-        runs = [flags(name=f"dummy/{method}", **FILE | cut_settings(moved, method) | dict(device_batch_size=2)) for method in TWO]
+        runs = [flags(name=f"dummy/{method}", **FILE | cut_settings(moved, method) | dict(device_batch_size=2)) for method in METHODS]
         runs.append(flags(name="dummy/one", **FILE | dict(init=moved[0], ref=moved[1], pairs_per_step=1)))
         run(*runs, flags(name="dummy/whole", **RESUMED), ["kill=5", *flags(name="dummy/killed", **RESUMED)], ranks=2, killed=True)
         assert checkpoint.newest("out/dummy/killed").name == "step_000002"
@@ -365,7 +364,7 @@ def two_ranks(moved, tmp_path_factory):
 def test_two_ranks_make_the_same_gradient(moved, two_ranks):
     """Also where a step has one pair, and the second rank nothing."""
     one = dict(init=moved[0], ref=moved[1], pairs_per_step=1)
-    for name, settings in [*((method, cut_settings(moved, method)) for method in TWO), ("one", one)]:
+    for name, settings in [*((method, cut_settings(moved, method)) for method in METHODS), ("one", one)]:
         gradient, line = first_gradient(**settings)
         assert_equal_gradients(gradient, torch.load(two_ranks / f"dummy_{name}.pt", weights_only=True))
         two = next(m for m in metrics(two_ranks / f"out/dummy/{name}") if "train/loss" in m)
