@@ -216,10 +216,10 @@ def test_a_judge_over_http_through_a_whole_run(models):
         if number % 4 == 1 and seen[text] == 1:
             return 500
         if number % 4 == 2 and seen[text] == 1:
-            time.sleep(1.5)
+            time.sleep(4)
         return "This deserves 8/10." if number % 4 == 3 else json.dumps({"score": (len(text) % 7) / 2})
     server.reply = reply
-    values = settings(models, rewards="judge", judge=server.url, judge_timeout=1.0, judge_range="0:3", num_steps=2, prompts_per_step=8, max_grader_error=.9, log_rollouts=64)
+    values = settings(models, rewards="judge", judge=server.url, judge_timeout=2.5, judge_range="0:3", num_steps=2, prompts_per_step=8, max_grader_error=.9, log_rollouts=64)
     try:
         train_rl.main(Config(**values))
         for line, rows in zip([line for line in metrics() if "train/loss" in line], steps_of("dummy"), strict=True):
