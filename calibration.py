@@ -238,10 +238,12 @@ def noise_floor(t, num=1000, seed=0):
 
 
 def wilson(right, total, z=1.96):
-    """right, total: arrays, total > 0 -> (low, high): 95 % score intervals of right / total (Wilson 1927)."""
+    """-> (low, high): the 95 % score interval of the share right / total (Wilson 1927); stays inside [0, 1] and is honest at 0 and at 1."""
+    if total == 0:
+        return 0.0, 1.0
     p, zz = right / total, z * z / total
-    centre, half = (p + zz / 2) / (1 + zz), z * np.sqrt(p * (1 - p) / total + zz / (4 * total)) / (1 + zz)
-    return np.minimum(centre - half, p).clip(0), np.maximum(centre + half, p).clip(max=1)       # p itself is inside, also after rounding
+    centre, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / total + zz / (4 * total)) / (1 + zz)
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))          # p itself is inside, also after rounding
 
 
 # -----------------------------------------------------------------------------
@@ -329,9 +331,9 @@ def reliability(t):
     items, right, q = (np.bincount(bins, column, NUM_BINS) for column in (t.items, t.right, t.items * t.q))
     there = np.flatnonzero(items)
     items, right, q = items[there], right[there], q[there]
-    low, high = wilson(right, items)
+    low, high = zip(*map(wilson, right.tolist(), items.tolist())) if len(there) else ((), ())
     return dict(bin=there.tolist(), items=items.astype(int).tolist(), mean_q=(q / items).tolist(), accuracy=(right / items).tolist(),
-                low=low.tolist(), high=high.tolist())
+                low=list(low), high=list(high))
 
 
 def risk_coverage(t):
@@ -368,7 +370,13 @@ def picture(methods, path):
     count.set(xlabel="stated confidence", ylabel="answers", xlim=(0, 1))
     risks.set(title="Risk and coverage", xlabel="share answered, most confident first", ylabel="share of errors among them", xlim=(0, 1))
     risks.set_ylim(bottom=0)
-    for ax in axes.values():
+    save_figure(fig, axes.values(), path)
+
+
+def save_figure(fig, axes, path):
+    """axes: all that fig has. The same plain frame for every picture."""
+    import matplotlib.pyplot as plt
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=8)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import checkpoint
+from calibration import wilson
 from common import parse_config, progress, setup_distributed, write_atomically
 from data import open_sources, sandbox, tasks
 from data.grading import Outcome
@@ -46,15 +47,6 @@ class Config:
 
 # -----------------------------------------------------------------------------
 # Intervals
-
-
-def wilson(right, total, z=1.96):
-    """-> (low, high): the 95 % score interval of a share (Wilson 1927); stays inside [0, 1] and is honest at 0 and at 1."""
-    if total == 0:
-        return 0.0, 1.0
-    p, zz = right / total, z * z / total
-    centre, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / total + zz / (4 * total)) / (1 + zz)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap(statistic, *columns, num=1000, seed=0):

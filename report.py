@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import eval as evaluation
+from calibration import save_figure
 from common import parse_config, read_jsonl, write_atomically
 
 
@@ -117,13 +118,7 @@ def picture(root, mid, sft, rounds, rl, path):
     interval_bars(tracks, rl, [r["task"] for r in rl["sft"]], list(rl))
     tracks.set(title="Parallel RL: each track alone, and merged", ylabel="share right, 95 % interval")
 
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_figure(fig, axes.flat, path)
 
 
 def samples(results, name, num=2):

@@ -324,18 +324,11 @@ def test_noise_floor_in_closed_form():
     assert cal.noise_floor(cal.tally([0.0, 1.0], [1, 0])) == dict(mean=0.0, p95=0.0)
 
 
-def test_wilson_is_that_of_eval():
-    import eval as evaluation
-    right, total = np.array([0, 3, 10, 997]), np.array([7, 4, 10, 1000])
-    low, high = cal.wilson(right, total)
-    assert np.stack([low, high], 1) == pytest.approx(np.array([evaluation.wilson(r, n) for r, n in zip(right.tolist(), total.tolist())]), abs=1e-12)
-
-
 def test_wilson_holds_the_share_itself_also_after_rounding():
-    total = np.arange(1, 300)
-    for right in (0 * total, total):
-        low, high = cal.wilson(right, total)
-        assert (0 <= low).all() and (low <= right / total).all() and (right / total <= high).all() and (high <= 1).all()
+    for total in range(1, 300):
+        for right in (0, total):
+            low, high = cal.wilson(right, total)
+            assert 0 <= low <= right / total <= high <= 1
 
 
 # -----------------------------------------------------------------------------
