@@ -455,7 +455,8 @@ def trl_ppo(shape, folder, cfg):
 
     def order(num):                                             # of minibatches, temper's; asked for when all but the update is done
         clock.scored()
-        return shuffled(np.arange(num), num, 0, "minibatch", len(clock.parts["step"]), 0)
+        prompts = shuffled(np.arange(num_prompts), num_prompts, 0, "minibatch", len(clock.parts["step"]), 0)
+        return (prompts[:, None] * num_samples + np.arange(num_samples)).ravel()
 
     class Quiet(peer.PPOTrainer):
         def log(self, metrics, *args):                          # after the last update of a step

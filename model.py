@@ -347,17 +347,22 @@ def add_lora(model, rank, alpha, seed=0):
 
 
 @contextmanager
-def lora_off(model):
-    """Inside, the model computes what it did before add_lora: the reference of a LoRA run needs no second copy. Without LoRA, nothing."""
+def lora_scaled(model, scale):
+    """Inside, the adapter counts `scale` (alpha / rank) times; None: as it does. Without LoRA, nothing."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     scales = [layer.scale for layer in layers]
     try:
         for layer in layers:
-            layer.scale = 0.0
+            layer.scale = layer.scale if scale is None else scale
         yield model
     finally:
-        for layer, scale in zip(layers, scales):
-            layer.scale = scale
+        for layer, before in zip(layers, scales):
+            layer.scale = before
+
+
+def lora_off(model):
+    """Inside, the model computes what it did before add_lora: the reference of a LoRA run needs no second copy."""
+    return lora_scaled(model, 0.0)
 
 
 def merged_state_dict(state_dict, scale):

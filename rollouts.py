@@ -12,7 +12,7 @@ from typing import NamedTuple
 from common import all_gather_list, all_reduce_sum, random_key, write_atomically
 from data import rewards as reward_functions
 from data import tasks
-from data.grading import Outcome
+from data.grading import Outcome, without_confidence
 from engine import Rollout, generate
 from tokenizer import ToolCallError, parse_tool_calls
 
@@ -76,7 +76,9 @@ def play(model, tokenizer, problems, *, num_samples=1, max_new_tokens=None, temp
         last = [i for i, sampled in zip(rollout.ids, rollout.mask) if sampled][sum(size for size, _ in turns):]      # what no tool answered
         if last:
             messages.append(dict(role="assistant", content=tokenizer.decode(last[:-1] if rollout.finish_reason != "length" else last)))
-        return Played(rollout, messages, Outcome.WRONG if rollout.finish_reason == "tool_timeout" else episode.grade(messages))
+        # a confidence stated at the end is no part of the answer, in any task: graders do not see it, the log and the rewards do
+        graded = without_confidence(messages)[0]
+        return Played(rollout, messages, Outcome.WRONG if rollout.finish_reason == "tool_timeout" else episode.grade(graded))
 
     with ThreadPoolExecutor(GRADERS) as pool:
         played = pool.map(finish, *(sum(groups, []) for groups in (rollouts, episodes, turns)))

@@ -7,7 +7,8 @@ token, update, log. With rho_t = p_theta(a_t) / p_old(a_t), old being the policy
 
 over the tokens that the policy sampled: prompts, tool results and template text carry nothing anywhere. c_t holds the denominator (token_mean:
 1 / tokens of the global batch), w_t corrects for a sampler that is not quite the trained policy. Methods differ in A, in rho and in c: see METHODS.
-Prompts may belong to tracks (logic, chat), which share a step, and neither advantages nor denominators.
+Prompts may belong to tracks (logic, chat), which share a step, and neither advantages nor denominators. With --rewards=rlcr (arXiv 2507.16806) the
+confidence that an answer states is paid for being true; the prompts must ask for it, as in <confidence>0.85</confidence> at the end.
 
     python train_rl.py --data=toy --size=tiny                                       laptop, from nothing: a short SFT, then GRPO
     python train_rl.py --init=out/quickstart/sft --data=math_en --method=ppo        laptop
@@ -33,7 +34,7 @@ from common import Logger, all_gather_list, all_reduce_sum, check_finite, format
 from data import sandbox, tasks
 from data.grading import Outcome
 from data.packing import micro_batches, sequence_batch, shuffled, token_offsets
-from data.rewards import check_reward, grader_reward, open_rewards
+from data.rewards import check_reward, grader_reward, open_rewards, parse_rewards
 from kernels import gae, linear_logprob
 from model import (ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size, lora_off, make_optimizers, memory_estimate, num_params,
                    parallelize, set_gradient_sync)
@@ -61,7 +62,7 @@ class Config:
     max_prompt_tokens: int = 512     # longer prompts are left out and counted
     max_new_tokens: int = -1         # bound on a rollout, tool results included; auto: the largest of the tasks' own
     val_fraction: float = 0.05       # share of a file's rows held out
-    rewards: str = "grader"          # grader, file, judge, weighted as in grader:1,judge:.5 and by track as in logic/grader,chat/judge
+    rewards: str = "grader"          # grader, file, judge, rlcr (right, and sure of it), weighted as in grader:1,judge:.5 and by track: logic/grader,chat/judge
     grader: str = ""                 # of rows in files: exact | gsm8k | math | ifeval | code | none; empty: by their data_source
     reward_file: str = ""            # your Python file with a reward function (Bedrock's and SageMaker's contract, or verl's)
     reward_function: str = "lambda_handler"     # its name there
@@ -351,6 +352,9 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
         raise ValueError(f"--critic_warmup={cfg.critic_warmup}: the policy would never be trained in --num_steps={cfg.num_steps}")
     if cfg.adv_scale == "group" and cfg.baseline != "mean":
         raise ValueError(f"--adv_scale=group divides by the deviation of a group around its mean: expected --baseline=mean, found {cfg.baseline}")
+    if cfg.adv_scale == "group" and any(weights.get("rlcr") for weights in parse_rewards(cfg.rewards).values()):
+        raise ValueError(f"--rewards={cfg.rewards} and --adv_scale=group: dividing by the group's standard deviation makes proper scoring rules over-confident "
+                         "(arXiv 2508.11800); expected --adv_scale=none")
     if cfg.truncated == "bootstrap" and cfg.method != "ppo":
         raise ValueError("--truncated=bootstrap needs the critic of --method=ppo")
     return cfg
@@ -659,15 +663,20 @@ def train(cfg):
         if cfg.method in ("ppo", "reinforce++"):
             advantages = whiten(advantages, torch.where(torch.tensor(trained, dtype=torch.bool), track_of, -1)[owner], len(tracks))
 
-        # update: a permutation of all ranks' sequences in their global order, so that minibatches do not depend on the number of ranks
+        # update: minibatches of all ranks' sequences in one global order, so that they do not depend on the number of ranks. Prompts are shuffled, the
+        # answers to one stay neighbours: what they share is then computed once
         sums, gap, norms, critic_norms = torch.zeros(11, dtype=torch.float64, device=device), 0.0, [], []
         alone = cfg.critic_warmup if ppo else 0                                         # steps of the critic; the policy's schedule starts after them
         warming, scale = step < alone, lr_scale(max(0, step - alone), cfg.num_steps - alone, cfg.warmup_steps, cfg.decay_share)
-        members = sorted(all_gather_list((*groups_at[i], j, rank, n) for n, (i, j) in enumerate(where) if trained[n]))
+        members = {}                                                                    # place of the prompt among all -> [(rank, n)] of its answers
+        for *place, _, owner_rank, n in sorted(all_gather_list((*groups_at[i], j, rank, n) for n, (i, j) in enumerate(where) if trained[n])):
+            members.setdefault(tuple(place), []).append((owner_rank, n))
+        groups_of_all, num_members = list(members.values()), sum(map(len, members.values()))
         for epoch in range(cfg.num_epochs_per_step if members else 0):
             order = shuffled(np.arange(len(members)), len(members), cfg.seed, "minibatch", step, epoch)
-            for part in np.array_split(order, min(cfg.num_minibatches, len(members))):
-                which = [n for *_, owner_rank, n in (members[i] for i in part.tolist()) if owner_rank == rank]
+            in_order = [member for i in order.tolist() for member in groups_of_all[i]]
+            for part in np.array_split(np.arange(num_members), min(cfg.num_minibatches, num_members)):
+                which = [n for owner_rank, n in (in_order[i] for i in part.tolist()) if owner_rank == rank]
 
                 # count before the first backward, per track, so that neither micro-batches nor ranks change the gradient
                 counts = torch.zeros(len(tracks), 2, dtype=torch.float64)

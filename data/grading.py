@@ -1,4 +1,4 @@
-"""What a problem is, what a grader may say, and how every grader reads a number.
+"""What a problem is, what a grader may say, and how every grader reads a number; and the confidence that an answer states.
 
 A grader never guesses. It returns one of four outcomes; only RIGHT is a reward of 1, and only GRADER_ERROR takes a
 sample out of the denominator, because that one is our fault and not the model's:
@@ -111,3 +111,33 @@ def last_number(text: str) -> Fraction | None:
     if sign not in ("+", "-") or before.isalnum() or before in (")", "]", "%"):
         sign = ""
     return parse_number(sign + digits)
+
+
+# -----------------------------------------------------------------------------
+# A stated confidence
+
+# 0.85, .85, 0, 1 or 1.0: whatever matches is in [0, 1]
+_CONFIDENCE = re.compile(r"<confidence>\s*+(0|1|1\.0{1,%d}|0?\.[0-9]{1,%d})\s*+</confidence>" % (MAX_NUMBER_CHARS, MAX_NUMBER_CHARS))
+
+
+def stated_confidence(text: str) -> tuple[str, float | None]:
+    """'#### 72\\n<confidence>0.85</confidence>\\n' -> ('#### 72', .85): the text without the tag it ends with and the white space around that, and q.
+
+    q is a plain decimal in [0, 1]. Never guessed at: with a percent sign, a word, a sign, an exponent, a number out of range or none, text after
+    the tag, a tag left open or one elsewhere that says another number, q is None and the text comes back unchanged, as it does above MAX_CHARS.
+    Of tags that agree, only the last is taken off.
+    """
+    found = list(_CONFIDENCE.finditer(text)) if len(text) <= MAX_CHARS else []
+    malformed = not text.count("<confidence>") == text.count("</confidence>") == len(found)
+    if not found or malformed or text[found[-1].end():].strip() or len({float(match[1]) for match in found}) > 1:
+        return text, None
+    return text[:found[-1].start()].rstrip(), float(found[-1][1])
+
+
+def without_confidence(messages: list) -> tuple[list, float | None]:
+    """What followed a prompt -> what is graded of it, and q: stated_confidence of the last message of the assistant. Changes no message in place."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        return messages, None
+    text, q = stated_confidence(messages[last]["content"])
+    return [*messages[:last], messages[last] | dict(content=text), *messages[last + 1:]], q

@@ -1,4 +1,4 @@
-"""What a reward is, the user's own reward file in a child process, and rewards put together.
+"""What a reward is, rewards for being right and for knowing it, the user's own reward file in a child process, and rewards put together.
 
     reward(samples: list[Sample]) -> list[Score]        one per sample, in order; reward.close() where it holds something
 
@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from data.grading import Outcome, Problem
+from data.grading import Outcome, Problem, without_confidence
 
 CHILD = Path(__file__).with_name("rewards_child.py")
 START_SECONDS = 60.0        # at least this long for a reward file to load: it may import torch
 GRACE = 1.0                 # seconds after its timeout in which the child ends itself and says where it hung
 MAX_HANGS = 3               # of one call for all samples; what is left then is not asked, or a hang would take hours to show
 EVENTS = ("list", "batch", "input", "trajectories", "body")
-NAMES = ("grader", "judge", "file")
+NAMES = ("grader", "judge", "file", "rlcr")
 
 
 class Sample(NamedTuple):
@@ -58,6 +58,28 @@ def grader_reward(samples):
     """1 for right, 0 for wrong and ungradable, None for grader_error: what the task's grader said when the episode was played."""
     return [error(s, f"the grader of {s.problem.task} failed, its traceback is in the log") if s.outcome == Outcome.GRADER_ERROR
             else Score(float(s.outcome == Outcome.RIGHT), s.outcome) for s in samples]
+
+
+def rlcr_reward(samples):
+    """c - (q - c)^2 with c = 1 for right, else 0, and q the confidence that the answer ends with (data.grading.stated_confidence); -2 without a
+    readable one; None for grader_error. RLCR, arXiv 2507.16806: the authors' .5 format + .5 c + .5 (1 - (q - c)^2) is 1 + value / 2.
+
+    In [-1, 1]: right is paid 1 - (1 - q)^2 >= 0, wrong -q^2 <= 0, so no wrong answer beats a right one; they tie where both say q = 0. For an answer
+    that is right with probability p, q = p is best and worth p^2, which grows with p. The log score in the place of -(q - c)^2 is proper too and yet
+    no reward: it has no lower bound, so that c + log says more for a wrong answer with q = 0 (0) than for a right one with q = .2 (-.61).
+
+    Metrics: stated (1 or 0), and where a confidence was: confidence (q) and brier ((q - c)^2).
+    """
+    scores = []
+    for sample, graded in zip(samples, grader_reward(samples)):
+        c, q = graded.value, without_confidence(sample.messages)[1]
+        if c is None:
+            scores.append(graded)
+        elif q is None:
+            scores.append(Score(-2.0, graded.outcome, "no readable <confidence> at the end", dict(stated=0.0)))
+        else:
+            scores.append(Score(c - (q - c) ** 2, graded.outcome, "", dict(stated=1.0, confidence=q, brier=(q - c) ** 2)))
+    return scores
 
 
 # -----------------------------------------------------------------------------
@@ -119,6 +141,8 @@ def open_rewards(spec, tracks, *, device="cpu", reward_file="", reward_function=
     def make(name):
         if name == "grader":
             return grader_reward
+        if name == "rlcr":
+            return rlcr_reward
         if name == "file":
             if not reward_file:
                 raise ValueError(f"--rewards={spec} names file: expected the path of a Python file in --reward_file")
