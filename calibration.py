@@ -315,6 +315,31 @@ def fit_platt(q, c):
     return float(slope / scale), float(offset - slope * mean / scale)
 
 
+def fit_together(columns_of_q, c):
+    """Several confidences of the same items -> ([slope of each], offset) of sig(sum_j a_j z_j + b), by maximum likelihood (logistic regression).
+
+    Items that lack any of them are left out. Slopes may have either sign: what one says given the others. ValueError where there is no fit."""
+    there = [i for i in range(len(c)) if all(q[i] is not None for q in columns_of_q)]
+    some = [c[i] for i in there]
+    z = np.stack([fit_columns([q[i] for i in there], some)[0] for q in columns_of_q], 1)
+    mean, scale = z.mean(0), z.std(0)
+    if not scale.all():
+        raise ValueError("cannot fit: a confidence is the same for all items")
+    try:
+        *slopes, offset = newton(np.concatenate([(z - mean) / scale, np.ones((len(z), 1))], 1), np.array(some, np.int64))
+    except np.linalg.LinAlgError:
+        raise ValueError("cannot fit: the confidences determine each other, or part right from wrong") from None
+    slopes = np.array(slopes) / scale
+    return slopes.tolist(), float(offset - slopes @ mean)
+
+
+def combine(columns_of_q, slopes, offset):
+    """-> sig(sum_j a_j logit(q_j) + b) of each item, None where any q_j is None."""
+    there = [all(q is not None for q in row) for row in zip(*columns_of_q)]
+    z = sum(a * logit(np.array([0.5 if x is None else x for x in q])) for a, q in zip(slopes, columns_of_q)) + offset
+    return [p if ok else None for p, ok in zip(sigmoid(z).tolist(), there)]
+
+
 def rescale(q, a, b=0.0):
     """N numbers in [0, 1] or None -> as many. Temperature: a = 1 / T. With a > 0 the order stays, and so AUROC and AURC (ties from the clamp aside)."""
     q, stated, _ = columns(q, [0] * len(q))

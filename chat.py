@@ -6,6 +6,7 @@
 
 A calculator and Python (in the sandbox) are at hand: when the model calls one, the call and its result are shown and the model goes on.
 Commands: /new forgets the conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
+A checkpoint with a calibration.json (train_calibration.py) says how sure it is of each answer, and when it would rather not have given it.
 
 --rollouts pages through the rollouts.jsonl of a run (or all below a folder): prompt, turns, calls, results, reward and outcome.
 """
@@ -19,6 +20,7 @@ from typing import Literal
 import torch
 
 import checkpoint
+import confidence
 from common import parse_config, random_key, setup_distributed
 from data import sandbox
 from data.calculator import TOOL, CalculatorError, calculate
@@ -68,8 +70,28 @@ def run_calls(text):
     return [run_call(call["name"], call["arguments"]) for call in calls]
 
 
-def reply(model, tokenizer, prompt_ids, cfg, turn, max_tool_turns=8):
-    """-> (ids after the prompt, text of the last turn). Prints what happens."""
+def can_tell(calibrated, model, tokenizer):
+    """Does a single answer get a confidence? A vote needs several. Asked of a made-up one, which states .5 for those that read words."""
+    ids = tokenizer.encode("1 + 1 = 2")
+    item = confidence.Item(ids, [0] * (len(ids) - 1) + [1], False, "2\n<confidence>0.5</confidence>", "")
+    return calibrated.of(model, tokenizer, [item]) != [None]
+
+
+def abstains(p, threshold):
+    return p is None or p < threshold
+
+
+def in_brief(p, threshold):
+    """p of an answer, or None -> what is printed of it."""
+    short = lambda x: f"{x:.2f}".removeprefix("0")
+    if p is None:
+        return "no confidence: it would rather not answer, "
+    return f"confidence {short(p)}" + (f": below {short(threshold)}, it would rather not answer" if abstains(p, threshold) else "") + ", "
+
+
+def reply(model, tokenizer, prompt_ids, cfg, turn, calibrated=None, in_conversation=True, max_tool_turns=8):
+    """-> (ids after the prompt, text of the last turn, p). Prints what happens. calibrated: confidence.Confidence; without, and where it has none, p
+    is None."""
     turns = 0
 
     def tools(_, __, ids):
@@ -86,10 +108,16 @@ def reply(model, tokenizer, prompt_ids, cfg, turn, max_tool_turns=8):
     rollout = generate(model, tokenizer, [prompt_ids], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
                        seed=random_key(cfg.seed, "chat", turn), tools=tools)[0][0]
     last_turn = len(rollout.ids) - rollout.mask[::-1].index(0) if 0 in rollout.mask else 0
+    speed = sum(rollout.mask) / (time.perf_counter() - t0)
     text = tokenizer.decode([i for i in rollout.ids[last_turn:] if i not in (tokenizer.end_of_turn_id, tokenizer.end_of_text_id)])
     cut = "" if rollout.finish_reason == "stop" else " [cut at --max_new_tokens]"
-    print(f"{text}{cut}  ({sum(rollout.mask) / (time.perf_counter() - t0):.0f} tok/s)", flush=True)
-    return rollout.ids, text
+    p, sure = None, ""
+    if calibrated:
+        item = confidence.Item(prompt_ids + rollout.ids, [0] * len(prompt_ids) + rollout.mask, in_conversation, text, str(turn))
+        p, = calibrated.of(model, tokenizer, [item], temperature=cfg.temperature)
+        sure = in_brief(p, calibrated.threshold)
+    print(f"{text}{cut}  ({sure}{speed:.0f} tok/s)", flush=True)
+    return rollout.ids, text, p
 
 
 def main(cfg):
@@ -98,9 +126,14 @@ def main(cfg):
     _, _, _, device = setup_distributed()
     if not cfg.init:
         raise ValueError("--init is empty: name a checkpoint folder, e.g. --init=out/quickstart/sft")
-    model, tokenizer = checkpoint.load_hf(checkpoint.newest(cfg.init), device)
+    folder = checkpoint.newest(cfg.init)
+    model, tokenizer = checkpoint.load_hf(folder, device)
+    calibrated = confidence.load(folder, model)
     if device.type == "cuda":
         model.compute_dtype = torch.bfloat16
+    if calibrated and not can_tell(calibrated, model, tokenizer):
+        print(f"{folder / 'calibration.json'}: this confidence is a vote among several answers; here is one at a time, so it is not shown")
+        calibrated = None
     tools = [TOOL, PYTHON] if cfg.tools else None
     if cfg.tools:
         sandbox.choose(cfg.sandbox)
@@ -114,13 +147,14 @@ def main(cfg):
             ids = history + ([] if ended else [tokenizer.end_of_turn_id]) + tokenizer.render_user_turn(message)
         else:
             ids = tokenizer.render_prompt(start + [{"role": "user", "content": message}], tools)
-        new_ids, text = reply(model, tokenizer, ids, cfg, turn)
+        new_ids, text, p = reply(model, tokenizer, ids, cfg, turn, calibrated)
         history = ids + new_ids
-        return text
+        return text, p
 
     if cfg.prompt:
-        text = ask(cfg.prompt)
-        print(json.dumps(dict(init=cfg.init, prompt=cfg.prompt, response=text), ensure_ascii=False))
+        text, p = ask(cfg.prompt)
+        sure = dict(confidence=p, abstains=abstains(p, calibrated.threshold)) if calibrated else {}
+        print(json.dumps(dict(init=cfg.init, prompt=cfg.prompt, response=text, **sure), ensure_ascii=False))
         return text
     print("/new forgets, /raw TEXT continues plain text, /quit leaves")
     while True:
@@ -135,7 +169,7 @@ def main(cfg):
         if line == "/new":
             history = []
         elif line.startswith("/raw "):
-            reply(model, tokenizer, tokenizer.encode(line.removeprefix("/raw ")), cfg, turn)
+            reply(model, tokenizer, tokenizer.encode(line.removeprefix("/raw ")), cfg, turn, calibrated, in_conversation=False)
         elif line.startswith("/"):
             print("unknown command; there are /new, /raw TEXT and /quit")
         elif line:

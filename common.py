@@ -343,6 +343,12 @@ class Logger:
             rows = [[line.get(c) if isinstance(line.get(c), (int, float)) else str(line.get(c)) for c in columns] for line in lines]
             self.wandb.log({"rollouts": wandb.Table(columns=columns, data=rows)}, step=step)
 
+    def picture(self, step, name, path):
+        """An image file, shown in wandb too."""
+        if self.rank == 0 and self.wandb:
+            import wandb
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+
     def print(self, *args):
         if self.rank == 0:
             print(*args, flush=True)

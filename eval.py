@@ -9,6 +9,9 @@ answer that cannot be read is not right and stays in the denominator; a grader t
 Tasks: bpb:<source> (a text file or folder, all of it; of stdlib and toy/<task> the held-out part), and those of data/tasks.py: the toy tasks
 (<task>, or <task>@test_template for held-out phrasings), gsm8k, math500, humaneval, mbpp, ifeval, bfcl/<category>, tools/<level>. Where there are
 tools, a turn's calls are executed and their results appended, token in, token out. --num_samples adds pass@k.
+
+Of a checkpoint with a calibration.json (train_calibration.py) every answer has a confidence p as well: its scores stand beside the task's, and what
+would be left if answers below its threshold, or without p, were not given.
 """
 import json
 import math
@@ -20,7 +23,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+import calibration
 import checkpoint
+import confidence
 from calibration import wilson
 from common import parse_config, progress, setup_distributed, write_atomically
 from data import open_sources, sandbox, tasks
@@ -98,11 +103,42 @@ def pass_at_k(right, n, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, seed=0, num_samples=1, temperature=0.0, desc=""):
+CONFIDENCE_SCORES = ("brier", "bss", "auroc", "ece", "mean_q", "adherence")
+
+
+def confidences(calibrated, model, tokenizer, problems, played, temperature):
+    """-> p of each answer, or None, in the shape of played. calibrated: confidence.Confidence."""
+    items = []
+    for i, (problem, group) in enumerate(zip(problems, played)):
+        chat = isinstance(problem.prompt, list)
+        prompt = tokenizer.render_prompt(problem.prompt, problem.tools) if chat else tokenizer.encode(problem.prompt)      # as play does
+        items += [confidence.Item(prompt + r.ids, [0] * len(prompt) + r.mask, chat, messages[-1]["content"] if messages else "", str(i))
+                  for r, messages, _ in group]
+    p = iter(calibrated.of(model, tokenizer, items, temperature=temperature))
+    return [[next(p) for _ in group] for group in played]
+
+
+def confidence_scores(p, outcomes, threshold):
+    """p: of each answer, or None -> scores of calibration.py, and selective answering: "given", the share of answers with p >= threshold, and
+    "given_right", the share right among these. Answers whose grader failed are left out; what is not defined is None."""
+    graded = [(q, int(o == Outcome.RIGHT)) for q, o in zip(p, outcomes) if o != Outcome.GRADER_ERROR]
+    if not graded:
+        return dict.fromkeys((*CONFIDENCE_SCORES, "given", "given_right")) | dict(threshold=threshold)
+    given = [right for q, right in graded if q is not None and q >= threshold]
+    return calibration.metrics(calibration.tally(*zip(*graded)), CONFIDENCE_SCORES) | dict(
+        given=len(given) / len(graded), given_right=sum(given) / len(given) if given else None, threshold=threshold)
+
+
+def short(value, digits=3):
+    """0.0834 -> .083, None -> -"""
+    return "-" if value is None else f"{value:.{digits}f}".removeprefix("0")
+
+
+def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, seed=0, num_samples=1, temperature=0.0, calibrated=None, desc=""):
     """-> {"task", "metric", "value", "low", "high", "n", "outcomes", "samples", ...}. value is None when a grader failed on any item.
 
     With several samples a problem counts with its share of right answers (pass@1), the interval is a bootstrap over problems, and pass@k
-    stands beside it for k = 2, 4, ... num_samples.
+    stands beside it for k = 2, 4, ... num_samples. calibrated: the checkpoint's confidence.Confidence, which adds "confidence": see confidence_scores.
     """
     if task.startswith("bpb:"):
         bits, num_bytes = bits_per_byte(model, tokenizer, task.removeprefix("bpb:"), max_bytes, seed)
@@ -119,9 +155,14 @@ def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, see
     low, high = wilson(sum(right), len(right)) if num_samples == 1 else bootstrap(np.mean, shares)
     samples = [dict(prompt=p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"], response=in_words(group[0].messages),
                     outcome=str(group[0].outcome)) for p, group in zip(problems, played)]
+    measured = {}
+    if calibrated:
+        p = confidences(calibrated, model, tokenizer, problems, played, temperature)
+        measured = dict(confidence=confidence_scores(sum(p, []), sum(outcomes, []), calibrated.threshold))
+        samples = [s | dict(confidence=group[0]) for s, group in zip(samples, p)]
     passes = {f"pass@{k}": float(np.mean([pass_at_k(r, num_samples, k) for r in right])) for k in (2 ** i for i in range(1, 11)) if k <= num_samples}
     return dict(task=task, metric="acc", value=None if counts["grader_error"] else float(shares.mean()), low=low, high=high, n=len(problems),
-                outcomes=counts, rows=[shares.tolist()], samples=samples, **passes,
+                outcomes=counts, rows=[shares.tolist()], samples=samples, **passes, **measured,
                 **tasks.more_scores(task, problems, [[p.messages for p in group] for group in played], outcomes))
 
 
@@ -149,6 +190,8 @@ def table(results):
             if name != names[0] and None not in (r["value"], first["value"]):
                 cell += " ({:+.3f} [{:+.3f}, {:+.3f}])".format(*difference(r, first))
             cell += "".join(f" {key} {value:.3f}" for key, value in r.items() if key.startswith("pass@") or key in tasks.SCORES)
+            if q := r.get("confidence"):
+                cell += f" q: brier {short(q['brier'])}, auroc {short(q['auroc'])}; answers {short(q['given'], 2)} at {short(q['given_right'], 2)} right"
             cells.append(cell)
         arrow = "bpb, lower is better" if first["metric"] == "bpb" else "right"
         lines.append(f"| {first['task']} ({arrow}) | {first['n']} | " + " | ".join(cells) + " |")
@@ -167,20 +210,25 @@ def main(cfg):
     for path in cfg.init.split(","):
         folder = checkpoint.newest(path)
         model, tokenizer = checkpoint.load_hf(folder, device)
+        calibrated = confidence.load(folder, model)
         if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"):
             model.compute_dtype = torch.bfloat16
         results[path] = [run_task(model, tokenizer, task, num_problems=cfg.num_problems, max_bytes=cfg.max_bytes, seed=cfg.seed,
-                                  num_samples=cfg.num_samples, temperature=cfg.temperature)
+                                  num_samples=cfg.num_samples, temperature=cfg.temperature, calibrated=calibrated)
                          for task in progress(cfg.tasks.split(","), desc=f"eval {path}")]
         for r in results[path]:
             for s in r["samples"][:cfg.samples]:
-                print(f"[{path}] {r['task']} {s['outcome']}: {s['prompt']!r} -> {s['response']!r}")
+                p = f" (confidence {short(s['confidence'], 2)})" if "confidence" in s else ""
+                print(f"[{path}] {r['task']} {s['outcome']}{p}: {s['prompt']!r} -> {s['response']!r}")
+        shares = [r["confidence"]["adherence"] for r in results[path] if "confidence" in r]
+        if 0 in shares and not any(shares):                  # None: graders failed, that is another matter
+            print(f"[{path}] calibration.json gave no answer a confidence: a vote needs --num_samples above 1, one in words needs a model that states it")
     print("\n" + table(results) + "\n")
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(cfg.out) / "eval.json", json.dumps(results, ensure_ascii=False) + "\n")
         write_atomically(Path(cfg.out) / "table.md", table(results) + "\n")
-    wanted = lambda key: key in ("value", "low", "high", "n", *tasks.SCORES) or key.startswith("pass@")
+    wanted = lambda key: key in ("value", "low", "high", "n", "confidence", *tasks.SCORES) or key.startswith("pass@")
     summary = {path: {r["task"]: {key: value for key, value in r.items() if wanted(key)} for r in rs} for path, rs in results.items()}
     print(json.dumps(dict(seconds=round(time.monotonic() - started, 1), results=summary), ensure_ascii=False), flush=True)
     return results

@@ -185,7 +185,7 @@ def as_line(answer, tracks, step):
 # Many of them
 
 
-def sample_to_files(model, tokenizer, problems, folder, rank, world_size, *, num_samples, temperature, seed, tool_timeout=60.0):
+def sample_to_files(model, tokenizer, problems, folder, rank, world_size, *, num_samples, temperature, seed, max_new_tokens=None, tool_timeout=60.0):
     """Plays every problem num_samples times and writes one JSON line per answer, 64 problems to a file; -> all files, in order.
 
     Ranks take turns at files, and a file that is there is not made again, so that a run can be resumed. An answer depends on
@@ -196,12 +196,14 @@ def sample_to_files(model, tokenizer, problems, folder, rank, world_size, *, num
         if path.exists():
             continue
         chunk, lines = problems[start:start + CHUNK], []
-        groups = play(model, tokenizer, chunk, num_samples=num_samples, temperature=temperature, tool_timeout=tool_timeout,
+        groups = play(model, tokenizer, chunk, num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens, tool_timeout=tool_timeout,
                       seed=[random_key(seed, start + i) for i in range(len(chunk))], desc=f"sample {start + len(chunk)}/{len(problems)}")
         for i, group in enumerate(groups, start):
             for sample, (r, messages, outcome) in enumerate(group):
-                lines.append(json.dumps(dict(problem=i, sample=sample, task=problems[i].task, prompt=problems[i].prompt, messages=messages,
-                                             outcome=outcome, finish_reason=r.finish_reason, ids=r.ids, mask=r.mask)))
+                p = problems[i]
+                prompt_ids = tokenizer.render_prompt(p.prompt, p.tools) if isinstance(p.prompt, list) else tokenizer.encode(p.prompt)
+                lines.append(json.dumps(dict(problem=i, sample=sample, task=p.task, prompt=p.prompt, messages=messages, outcome=outcome,
+                                             finish_reason=r.finish_reason, prompt_ids=prompt_ids, ids=r.ids, mask=r.mask)))
         write_atomically(path, "\n".join(lines) + "\n")
     return [path for _, path in files]
 

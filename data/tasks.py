@@ -19,6 +19,7 @@ import numpy as np
 from common import random_key
 
 from data import bfcl, episodes, gsm8k, humaneval, ifeval, instructions, math500, mbpp, prompts, toy
+from data.grading import without_confidence
 
 MAX_NEW_TOKENS = {"gsm8k": 400, "math500": 1024, "humaneval": 512, "mbpp": 512, "ifeval": 1280, "instructions": 512, "bfcl": 512, "tools": 1024,
                   "rows": 512}
@@ -92,7 +93,7 @@ SCORES = ("call", "lenient", "prompt_loose", "instruction_strict", "instruction_
 def more_scores(task, problems, messages, outcomes):
     """What a task reports beside its share of right answers. messages, outcomes: per problem a list, one of each sample -> {name: value}."""
     kind, scores = task.partition("@")[0].partition("/")[0], {}
-    pairs = [(p, m) for p, group in zip(problems, messages) for m in group]
+    pairs = [(p, without_confidence(m)[0]) for p, group in zip(problems, messages) for m in group]
     last = [m[-1]["content"] if m else "" for _, m in pairs]
     if toy.tools_of(kind) and kind != "gsm8k":                        # was the call right, whatever was made of its result?
         scores["call"] = np.mean([toy.grade_call(p, m) == "right" for p, m in pairs])

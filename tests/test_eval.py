@@ -9,9 +9,12 @@ import torch
 import chat
 import checkpoint
 import eval as evaluation
-from data import open_sources, toy
+from confidence import Confidence, Item
+from data import open_sources, tasks, toy
 from data.grading import Outcome
+from engine import Rollout
 from model import Transformer, config_for_size
+from rollouts import play
 from tokenizer import Tokenizer
 
 
@@ -100,6 +103,78 @@ def test_main_compares_checkpoints(model, capsys):
     assert json.loads(out[-1])["results"]["out/a"]["facts_en"]["n"] == 4
     assert any("+0.000 [+0.000, +0.000]" in line for line in out)
     assert set(json.loads(open("out/eval/eval.json").read())) == {"out/a", "out/b"}
+
+
+class Fake:
+    """A confidence that is told what to say."""
+    def __init__(self, p, threshold=0.5):
+        self.p, self.threshold, self.items = p, threshold, []
+
+    def of(self, model, tokenizer, items, temperature):
+        self.items += items
+        return (self.p * len(items))[:len(items)]
+
+
+@pytest.mark.parametrize("task, is_chat", [("facts_en", False), ("math_en", True)])
+def test_confidence_is_that_of_prompt_and_answer(model, task, is_chat):
+    tokenizer, calibrated = Tokenizer.bytes(), Confidence({"query": 0.7, "logprob": 0.5})       # the log-probability depends on the temperature
+    sampling = dict(num_samples=2, temperature=0.8, seed=0)
+    result = evaluation.run_task(model, tokenizer, task, num_problems=2, calibrated=calibrated, **sampling)
+    problems, items, right = tasks.problems(task, 2, 0), [], []
+    for problem, group in zip(problems, play(model, tokenizer, problems, **sampling)):
+        prompt = tokenizer.render_prompt(problem.prompt, problem.tools) if is_chat else tokenizer.encode(problem.prompt)
+        for rollout, messages, outcome in group:
+            items.append(Item(prompt + rollout.ids, [0] * len(prompt) + rollout.mask, is_chat, messages[-1]["content"], str(problem.prompt)))
+            right.append(outcome == Outcome.RIGHT)
+    p = calibrated.of(model, tokenizer, items, temperature=0.8)
+    assert [s["confidence"] for s in result["samples"]] == p[::2] and len(set(p)) == 4, "the saved sample is the first of each problem"
+    assert abs(result["confidence"]["brier"] - np.mean((np.array(p) - right) ** 2)) < 1e-12
+
+
+def test_items_of_text_and_of_turns():
+    """Plain text is encoded, not rendered; samples of a problem share a key; an answer without a message has an empty text; tool results are no answer."""
+    tokenizer, fake = Tokenizer.bytes(), Fake([0.1, 0.2, 0.3])
+    said = [dict(role="assistant", content="first"), dict(role="tool", content="4"), dict(role="assistant", content="last")]
+    problem = lambda prompt: toy.Problem("facts_en", prompt, "", "")
+    chat_prompt = [dict(role="user", content="2+2?")]
+    played = [[(Rollout([7, 8], mask=[1, 1]), said[-1:], None), (Rollout([9], mask=[1]), [], None)], [(Rollout([1, 2, 3], mask=[1, 0, 1]), said, None)]]
+    assert evaluation.confidences(fake, None, tokenizer, [problem("ab"), problem(chat_prompt)], played, 1.0) == [[0.1, 0.2], [0.3]]
+    one, two, three = fake.items
+    ab, rendered = tokenizer.encode("ab"), tokenizer.render_prompt(chat_prompt, None)
+    assert one[:4] == (ab + [7, 8], [0, 0, 1, 1], False, "last") and two[:4] == (ab + [9], [0, 0, 1], False, "")
+    assert three[:4] == (rendered + [1, 2, 3], [0] * len(rendered) + [1, 0, 1], True, "last") and one.prompt == two.prompt != three.prompt
+
+
+def test_selective_answering_by_hand():
+    R, W, failed = Outcome.RIGHT, Outcome.WRONG, Outcome.GRADER_ERROR
+    # five are graded, four of them have p; at .5, and .5 itself is enough, .9 .8 .5 are given, the first and the last of these are right
+    found = evaluation.confidence_scores([0.9, 0.8, 0.5, 0.4, None, 0.95], [R, W, R, W, R, failed], threshold=0.5)
+    assert found["given"] == 3 / 5 and found["given_right"] == 2 / 3 and found["adherence"] == 4 / 5
+    assert abs(found["brier"] - (0.01 + 0.64 + 0.25 + 0.16) / 4) < 1e-12 and found["auroc"] == 0.75 and abs(found["mean_q"] - 0.65) < 1e-12
+    found = evaluation.confidence_scores([0.2, None], [R, Outcome.UNGRADABLE], threshold=0.5)
+    assert found["given"] == 0 and found["given_right"] is None and found["auroc"] is None and abs(found["brier"] - 0.64) < 1e-12
+    assert {key for key, value in evaluation.confidence_scores([0.9], [failed], threshold=0.5).items() if value is not None} == {"threshold"}
+
+
+def test_main_shows_confidence(model, monkeypatch, capsys):
+    for name in ("plain", "sure", "silent"):
+        checkpoint.save_hf(model, Tokenizer.bytes(), f"out/{name}")
+    fakes = dict(plain=None, sure=Fake([0.25, 0.75]), silent=Fake([None]))
+    monkeypatch.setattr(evaluation.confidence, "load", lambda folder, model: fakes[folder.name])
+    outcomes = iter([Outcome.WRONG] * 4 + [Outcome.WRONG, Outcome.RIGHT, Outcome.WRONG, Outcome.WRONG] + [Outcome.WRONG] * 4)
+    monkeypatch.setattr(evaluation, "play", lambda *a, **k: [[p._replace(outcome=next(outcomes)) for p in group] for group in play(*a, **k)])
+    results = evaluation.main(evaluation.Config(init="out/plain,out/sure,out/silent", tasks="facts_en", num_problems=4, samples=2))
+    lines = capsys.readouterr().out.strip().splitlines()
+    # (.0625 + .0625 + .0625 + .5625) / 4 = .1875; .75 > .25, and half of a tie at .75
+    assert " q: brier .188, auroc .833; answers .50 at .50 right |" in lines[-3] and " q: brier -, auroc -; answers .00 at - right |" in lines[-3]
+    assert [("(confidence .25)" in line, "(confidence .75)" in line) for line in lines if line.startswith("[out/sure]")] == [(True, False), (False, True)]
+    assert sum("gave no answer a confidence" in line for line in lines) == 1
+    assert json.loads(lines[-1])["results"]["out/sure"]["facts_en"]["confidence"]["given_right"] == 0.5
+    plain, said = results["out/plain"][0], json.loads(lines[-1])["results"]["out/plain"]["facts_en"]
+    assert list(plain) == ["task", "metric", "value", "low", "high", "n", "outcomes", "rows", "samples"]
+    assert set(plain["samples"][0]) == {"prompt", "response", "outcome"}
+    assert list(said) == ["value", "low", "high", "n"] and lines[-3].split("|")[3] == " 0.000 [0.000, 0.490] "
+    assert [line.startswith("[out/plain] facts_en wrong: '") for line in lines[:2]] == [True, True] and "confidence" not in lines[0] + lines[1]
 
 
 @pytest.mark.parametrize("settings, message", [
