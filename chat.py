@@ -70,13 +70,6 @@ def run_calls(text):
     return [run_call(call["name"], call["arguments"]) for call in calls]
 
 
-def can_tell(calibrated, model, tokenizer):
-    """Does a single answer get a confidence? A vote needs several. Asked of a made-up one, which states .5 for those that read words."""
-    ids = tokenizer.encode("1 + 1 = 2")
-    item = confidence.Item(ids, [0] * (len(ids) - 1) + [1], False, "2\n<confidence>0.5</confidence>", "")
-    return calibrated.of(model, tokenizer, [item]) != [None]
-
-
 def abstains(p, threshold):
     return p is None or p < threshold
 
@@ -131,7 +124,7 @@ def main(cfg):
     calibrated = confidence.load(folder, model)
     if device.type == "cuda":
         model.compute_dtype = torch.bfloat16
-    if calibrated and not can_tell(calibrated, model, tokenizer):
+    if calibrated and "vote" in calibrated.slopes:
         print(f"{folder / 'calibration.json'}: this confidence is a vote among several answers; here is one at a time, so it is not shown")
         calibrated = None
     tools = [TOOL, PYTHON] if cfg.tools else None

@@ -150,6 +150,22 @@ def kept_table(rounds):
     return "\n".join(lines)
 
 
+def confidence_table(calibrated, in_words):
+    """Rows of two runs of train_calibration.py: the merged model's, and after RL with confidence in words, which has answers of its own."""
+    columns = ("accuracy", "brier", "bss", "auroc", "acc@80", "ece")
+    lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+
+    def row(label, scores, n):
+        cells = [found["value"] if isinstance(found, dict) else found for found in (scores[key] for key in columns)]
+        lines.append(f"| {label} | {n} | " + " | ".join("-" if value is None else f"{value:.3f}" for value in cells) + " |")
+    for name, found in calibrated.items():
+        for label in ("query", "query + temperature", "logprob", "logprob + temperature", "ct", "ct & logprob"):
+            if label in found["scores"]:
+                row(f"{name}: {label}", found["scores"][label], found["num_answers"])
+    row("in domain: in words, after RL with the RLCR reward", in_words["in domain"]["scores"]["verbal"], in_words["in domain"]["num_answers"])
+    return "\n".join(lines)
+
+
 def cell(text):
     text = text.replace("|", "\\|").replace("\n", " ⏎ ")
     return f"`{text[:110]}{'…' if len(text) > 110 else ''}`"
@@ -166,6 +182,7 @@ def main(cfg):
             f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in STAGES]
     runs += [f"| {RL[s]} | {len(series(root, s, 'rollout/score')[0])} | {series(root, s, 'rollout/samples')[1][-1]:,} samples | "
              f"{sum(series(root, s, 'time/step')[1]):.0f} |" for s in ("rl_logic", "rl_chat")]
+    calibrated, in_words = (json.loads((root / name / "results.json").read_text()) for name in ("calibration", "words"))
     merged = json.loads((root / "merged" / "merge.json").read_text())
     text = f"""# Quickstart report
 
@@ -214,16 +231,29 @@ every constraint holds; of their demonstrations in SFT 70 % broke one, so that t
 
 Page through the sampled answers with their rewards: `.venv/bin/python chat.py --rollouts={root}/rl_logic`
 
+## Calibration
+
+Does the merged model know when it is right? Answers to prompts that nothing was fitted on. `query` asks the model as it is whether its answer is right,
+`logprob` is the mean probability of its tokens, `temperature` rescales either. `ct` is the query after calibration-tuning, `ct & logprob` both together:
+what the checkpoint states from now on (`chat.py` and `eval.py` show it). `brier` is lower, `bss` and `auroc` higher where a confidence knows more; a
+constant has 0 and .5.
+
+{confidence_table(calibrated, in_words)}
+
+![confidence before and after: calibrated where the dots are on the diagonal](calibration/calibration.png)
+
+All methods with intervals: `{root}/calibration/report.md`
+
 ## Runs
 
 | stage | steps | data | seconds of training |
 |---|---|---|---|
 {chr(10).join(runs)}
 
-Talk to the model: `.venv/bin/python chat.py --init={root}/sft`
+Talk to the model: `.venv/bin/python chat.py --init={root}/calibration`
 """
     write_atomically(root / "report.md", text)
-    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl)]))
+    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl), confidence_table(calibrated, in_words)]))
     print(json.dumps(dict(report=str(root / "report.md"), picture=str(root / "report.png"))))
 
 

@@ -170,13 +170,13 @@ def read_graded(folder, tokenizer, cfg, split):
     return Graded(*columns)
 
 
-def check_classes(graded):
-    for split in ("train", "fit", "test"):
+def check_classes(graded, training):
+    for split in ("train", "fit", "test") if training else ("fit", "test"):
         right = graded.of(split).right
         if not 0 < sum(right) < len(right):
             raise ValueError(f"of the {len(right)} graded answers in split {split} {sum(right)} are right: right and wrong ones are needed. Choose other "
                              "prompts (--data, --num_prompts), or raise --answer_temperature")
-    if len(graded.of("train").right) < 200:
+    if training and len(graded.of("train").right) < 200:
         raise ValueError(f"{len(graded.of('train').right)} graded answers to train on, expected at least 200: raise --num_prompts or --num_samples")
 
 
@@ -337,6 +337,7 @@ def train(cfg):
         return settings
 
     # graded answers of the model as it is
+    resolve(cfg, parameters, 1000)                                    # a flag that is wrong should not be found after an hour of sampling
     folder = Path(cfg.graded) if cfg.graded else out_dir / "graded"
     if rank == 0 and not cfg.resume:
         checkpoint.clear(out_dir, cfg.overwrite or cfg.name == "dummy")
@@ -347,8 +348,9 @@ def train(cfg):
         for note in notes if rank == 0 else ():
             print(f"note: {note}", flush=True)
         sample_graded(model, tokenizer, sets, cfg, folder, start, rank, world_size)
-    graded = {name: read_graded(folder / name.replace("/", "_"), tokenizer, cfg, None if name == "in domain" else "test") for name in check_record(folder, start)}
-    check_classes(graded["in domain"])
+    graded = {name: read_graded(folder / name.replace("/", "_"), tokenizer, cfg, None if name == "in domain" else "test")
+              for name in check_record(folder, start)}
+    check_classes(graded["in domain"], cfg.method == "ct")
     todo = graded["in domain"].of("train")
     cfg = resolve(cfg, parameters, len(todo.items))
     if rank == 0:
@@ -417,7 +419,8 @@ def train(cfg):
         which = shuffled(np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size), len(sequences), cfg.seed, "order")[rank::world_size].tolist()
         cuts = [[which[i] for i in cut] for cut in micro_batches([len(sequences[i][0]) for i in which], cfg.device_batch_size)] or [[]]
         num_tokens = max(1, all_reduce_sum(sum(int(offsets[i + 1] - offsets[i]) - 1 for i in which)))
-        scale = min(1.0, (step + 1) / (cfg.warmup_steps + 1)) * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps) / max(1, cfg.num_steps - cfg.warmup_steps))) / 2
+        done = max(0, step - cfg.warmup_steps) / max(1, cfg.num_steps - cfg.warmup_steps)
+        scale = min(1.0, (step + 1) / (cfg.warmup_steps + 1)) * (1 + math.cos(math.pi * done)) / 2
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for n, cut in enumerate(cuts):
             b = sequence_batch(sequences, cut, offsets).to(device)
@@ -455,10 +458,10 @@ def train(cfg):
 
     # every source of confidence, as it is and rescaled by what the fit prompts say, on all that is tested on
     def of_start(function):
-        def both(g):
-            with torch.no_grad(), lora_off(ref):
+        def q_of(g):
+            with lora_off(ref):
                 return spread(function, g.items, rank, world_size)
-        return both
+        return q_of
     sources = {"query": of_start(lambda items: confidence.by_query(ref, tokenizer, items, cfg.query, cfg.both_orders, cfg.device_batch_size)),
                "logprob": of_start(lambda items: confidence.by_logprob(ref, items, cfg.answer_temperature, cfg.device_batch_size))}
     if cfg.num_samples > 1:
@@ -486,7 +489,8 @@ def train(cfg):
 
     # what the checkpoint will state from now on, and from where on it abstains: the first of these that could be fitted
     source = "ct" if ct else cfg.source
-    final = next(label for label in (["ct & logprob"] * (ct and cfg.with_logprob) + ["ct + platt"] * ct + [f"{source} + {cfg.method}", source]) if label in fits)
+    wanted = ["ct & logprob"] * (ct and cfg.with_logprob) + ["ct + platt"] * ct + [f"{source} + {cfg.method}", source]
+    final = next(label for label in wanted if label in fits)
     parts, slopes, offset = fits[final]
     stated = apply(fits[final], on_fit)
     threshold = float(np.quantile([-1.0 if q is None else q for q in stated], 1 - cfg.coverage, method="higher"))
@@ -503,15 +507,17 @@ def train(cfg):
         for name, g in tested.items():
             found, draws = score(rows[name], g, cfg.num_resamples, cfg.seed)
             given = abstention(rows[name][final], g.right, known.threshold)
-            results[name] = dict(scores=found, abstention=given)
-            lines.append(f"## {name}: {len(g.items)} answers, {np.mean([sum(item.mask) for item in g.items]):.1f} sampled tokens each\n\n{table(found)}\n")
+            results[name] = dict(num_answers=len(g.items), scores=found, abstention=given)
+            length = np.mean([sum(item.mask) for item in g.items])
+            lines.append(f"## {name}: {len(g.items)} answers, {length:.1f} sampled tokens each\n\n{table(found)}\n")
             for other in ("logprob + temperature", "logprob + platt", "query + temperature", "query + platt"):
                 if other in found and other != final:
                     gains = {key: calibration.interval(draws[final][key] - draws[other][key]) for key in ("brier", "auroc")}
                     lines.append(f"{final} minus {other}: " + ", ".join(f"{key} {cell(gain)}" for key, gain in gains.items()) + "\n")
                     results[name].setdefault("gains", {})[other] = gains
             lines.append(f"{final}: ece {cell(found[final]['ece'])}, noise floor up to {cell(found[final]['floor_p95'])}. Below {known.threshold:.3f} it "
-                         f"abstains: {given['coverage']:.3f} of the answers are given, with {cell(given['error'])} errors where all have {given['error_of_all']:.3f}.\n")
+                         f"abstains: {given['coverage']:.3f} of the answers are given, {cell(given['error'])} of them wrong, where of all "
+                         f"{given['error_of_all']:.3f} are.\n")
         lines += [f"- no {line}" for line in refused]
         if moved:
             summary["accuracy_moved"] = moved
@@ -525,8 +531,9 @@ def train(cfg):
             calibration.picture({label: results[name]["scores"][label]["diagrams"] for label in dict.fromkeys(shown)}, file)
             logger.picture(cfg.num_steps, f"calibration/{name}", file)
             best = results[name]["scores"][final]
-            logger.log(cfg.num_steps, **{f"test/{key}_{name}": best[key]["value"] if isinstance(best[key], dict) else best[key] for key in ("brier", "bss", "auroc", "ece", "accuracy")})
-            summary[name] = {key: best[key]["value"] if isinstance(best[key], dict) else best[key] for key in COLUMNS} | results[name]["abstention"]
+            best = {key: best[key]["value"] if isinstance(best[key], dict) else best[key] for key in COLUMNS}
+            logger.log(cfg.num_steps, **{f"test/{key}_{name}": best[key] for key in ("brier", "bss", "auroc", "ece", "accuracy")})
+            summary[name] = best | results[name]["abstention"]
         print("\n".join(lines), flush=True)
     logger.close(**summary)
     return summary

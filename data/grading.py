@@ -117,7 +117,8 @@ def last_number(text: str) -> Fraction | None:
 # A stated confidence
 
 # 0.85, .85, 0, 1 or 1.0: whatever matches is in [0, 1]
-_CONFIDENCE = re.compile(r"<confidence>\s*+(0|1|1\.0{1,%d}|0?\.[0-9]{1,%d})\s*+</confidence>" % (MAX_NUMBER_CHARS, MAX_NUMBER_CHARS))
+_DIGITS = f"{{1,{MAX_NUMBER_CHARS}}}"
+_CONFIDENCE = re.compile(rf"<confidence>\s*+(0|1|1\.0{_DIGITS}|0?\.[0-9]{_DIGITS})\s*+</confidence>")
 
 
 def stated_confidence(text: str) -> tuple[str, float | None]:

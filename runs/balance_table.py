@@ -24,8 +24,8 @@ def main(paths):
             chat = first["task"].startswith("chat")
             moved, error = change(last, first if chat else second)
             verdicts[f"{path} {first['task']}"] = bool(moved >= -error)
-            print(f"| {Path(path).parent.name} | {first['task']} | {first['value']:.3f} | {second['value']:.3f} | {last['value']:.3f} | {'before' if chat else 'after'} RL | "
-                  f"{moved:+.3f} ({error:.3f}) | {'held' if moved >= -error else 'FAILED'} |")
+            print(f"| {Path(path).parent.name} | {first['task']} | {first['value']:.3f} | {second['value']:.3f} | {last['value']:.3f} | "
+                  f"{'before' if chat else 'after'} RL | {moved:+.3f} ({error:.3f}) | {'held' if moved >= -error else 'FAILED'} |")
     print(json.dumps(dict(accepted=all(verdicts.values()), held=verdicts)))
 
 

@@ -23,7 +23,7 @@ run() {                                               # SCRIPT NAME FLAGS...
     fi
     echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-200)"
 }
-rl="--data=logic=math_en,chat=chat_en --prompts_per_step=32 --track_mix=logic:1,chat:3 --num_steps=20 --lr=1e-3 --eval_every=1000 --eval_problems=150 --preflight=0"
+rl="--data=logic=math_en,chat=chat_en --prompts_per_step=32 --track_mix=logic:1,chat:2 --num_steps=36 --lr=1e-3 --eval_every=1000 --eval_problems=150 --preflight=0"
 tested="--data=math_en,chat_en --num_prompts=400 --fit_share=.15 --test_share=.25 --num_resamples=1000"
 trained() {
     python runs/careless.py $root/careless_s$1.jsonl --share=.6 --seed=$1 > /dev/null

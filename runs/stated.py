@@ -1,7 +1,8 @@
 """Demonstrations of how a confidence is stated: python runs/stated.py out/x/graded out/x/stated.jsonl
 
-Takes answers that a model sampled itself (train_calibration.py leaves them in out/<name>/graded) and ends each with <confidence>0.3</confidence>, a number
-drawn at random from 0, .1, ..., 1: SFT on them teaches the form, and nothing about what is right. train_rl.py --rewards=rlcr then teaches the number.
+Takes answers that a model sampled itself (train_calibration.py leaves them in out/<name>/graded), or the worked answers of toy tasks (math_en,chat_en), and
+ends each with <confidence>0.3</confidence>, a number drawn at random from 0, .1, ..., 1: SFT on them teaches the form, and nothing about what is right.
+train_rl.py --rewards=rlcr then teaches the number.
 """
 import argparse
 import json
@@ -16,23 +17,34 @@ from common import random_key, read_jsonl, write_atomically
 from data import tasks
 
 
+def sampled(folder):
+    """Those that ended by themselves: where a tool or the limit ended one, there is no end to state anything at."""
+    for line in (line for file in sorted((folder / "chat").glob("*.jsonl")) for line in read_jsonl(file)):
+        if line["finish_reason"] == "stop" and line["messages"] and line["messages"][-1]["role"] == "assistant":
+            yield line["task"], line["prompt"], line["messages"]
+
+
+def worked(names, num, seed):
+    for name in names.split(","):
+        yield from ((p.task, p.prompt, p.gold) for p in tasks.problems(f"{name}@train", num, seed))
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("graded", type=Path)
+    parser.add_argument("answers", help="a folder of graded answers, or toy tasks")
     parser.add_argument("path", type=Path)
     parser.add_argument("--set", default="in domain")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num", type=int, default=1000, help="worked answers of each toy task")
     args = parser.parse_args()
     lines = []
-    for i, line in enumerate(line for file in sorted((args.graded / args.set / "chat").glob("*.jsonl")) for line in read_jsonl(file)):
-        messages = line["messages"]
-        if line["finish_reason"] != "stop" or not messages or messages[-1]["role"] != "assistant":
-            continue                                                # cut, or ended by a tool: there is no end to state anything at
+    given = sampled(Path(args.answers) / args.set) if Path(args.answers).is_dir() else worked(args.answers, args.num, args.seed)
+    for i, (task, prompt, messages) in enumerate(given):
         q = np.random.default_rng(random_key(args.seed, "stated", i)).integers(0, 11) / 10
         last = messages[-1] | dict(content=f"{messages[-1]['content']}\n<confidence>{q:.1f}</confidence>")
-        lines.append(json.dumps(dict(messages=line["prompt"] + messages[:-1] + [last], bucket=tasks.bucket(line["task"])), ensure_ascii=False))
+        lines.append(json.dumps(dict(messages=prompt + messages[:-1] + [last], bucket=tasks.bucket(task)), ensure_ascii=False))
     if not lines:
-        sys.exit(f"{args.graded}/{args.set}/chat: no answer that ended by itself")
+        sys.exit(f"{args.answers}: no answer that ended by itself")
     write_atomically(args.path, "\n".join(lines) + "\n")
     print(json.dumps(dict(path=str(args.path), answers=len(lines))))
 

@@ -38,8 +38,8 @@ def with_adapter():
 
 
 class Fake:
-    def __init__(self, *p, threshold=0.48):
-        self.p, self.threshold, self.items = list(p), threshold, []
+    def __init__(self, *p, threshold=0.48, source="query"):
+        self.p, self.threshold, self.items, self.slopes = list(p), threshold, [], {source: 1.0}
 
     def of(self, model, tokenizer, items, temperature=0.0):
         self.items += items
@@ -48,7 +48,7 @@ class Fake:
 
 
 def answer(capsys, monkeypatch, fake):
-    """-> (the line of the answer, the JSON line) of chat.py --prompt, the first thing that fake says going to the question whether it can tell."""
+    """-> (what chat.py --prompt printed, its JSON line)."""
     checkpoint.save_hf(random_model(), Tokenizer.bytes(), "out/plain")
     monkeypatch.setattr(confidence, "load", lambda folder, model: fake)
     chat.main(chat.Config(init="out/plain", prompt="Hi.", max_new_tokens=4))
@@ -93,31 +93,26 @@ def test_prompt_prints_the_confidence_of_the_adapter(capsys):
 
 
 def test_below_the_threshold_it_would_rather_not_answer(capsys, monkeypatch):
-    out, line = answer(capsys, monkeypatch, Fake(0.5, 0.83))
+    out, line = answer(capsys, monkeypatch, Fake(0.83))
     assert "  (confidence .83, " in out and line["confidence"] == 0.83 and line["abstains"] is False
-    out, line = answer(capsys, monkeypatch, Fake(0.5, 0.31))
+    out, line = answer(capsys, monkeypatch, Fake(0.31))
     assert "  (confidence .31: below .48, it would rather not answer, " in out and line["confidence"] == 0.31 and line["abstains"] is True
-    out, line = answer(capsys, monkeypatch, Fake(0.5, 0.48))
+    out, line = answer(capsys, monkeypatch, Fake(0.48))
     assert "  (confidence .48, " in out and line["abstains"] is False
-    out, line = answer(capsys, monkeypatch, Fake(0.5, None))            # words were not said this time
+    out, line = answer(capsys, monkeypatch, Fake(None))            # words were not said this time
     assert "  (no confidence: it would rather not answer, " in out and line["confidence"] is None and line["abstains"] is True
 
 
 def test_a_vote_of_one_is_said_once_and_not_shown(capsys, monkeypatch):
-    out, line = answer(capsys, monkeypatch, Fake(None))
+    out, line = answer(capsys, monkeypatch, Fake(source="vote"))
     assert out.startswith(f"{Path('out/plain/calibration.json')}: this confidence is a vote") and "confidence" not in line
     out, line = answer(capsys, monkeypatch, None)
     assert "confidence" not in out and list(line) == ["init", "prompt", "response"]
 
 
-def test_can_tell_by_source():
-    model, tokenizer = random_model(), Tokenizer.bytes()
-    assert all(chat.can_tell(Confidence({source: 1.0}), model, tokenizer) for source in ("query", "verbal", "logprob"))
-
-
 def test_a_session_asks_of_all_ids_and_marks_the_last_answer(monkeypatch, capsys):
     checkpoint.save_hf(random_model(), Tokenizer.bytes(), "out/plain")
-    fake, rollouts = Fake(0.5, 0.9, 0.8, 0.7), []
+    fake, rollouts = Fake(0.9, 0.8, 0.7), []
     monkeypatch.setattr(confidence, "load", lambda folder, model: fake)
 
     def recorded(model, tokenizer, prompts, **options):
@@ -129,7 +124,7 @@ def test_a_session_asks_of_all_ids_and_marks_the_last_answer(monkeypatch, capsys
     chat.main(chat.Config(init="out/plain", max_new_tokens=6, temperature=0.7))
     out = capsys.readouterr().out
     assert [f"(confidence .{digits}, " in out for digits in (90, 80, 70)] == [True] * 3
-    first, second, raw = fake.items[1:]
+    first, second, raw = fake.items
     for item, (prompt, [[rollout]]) in zip((first, second, raw), rollouts):
         assert item.ids == prompt + rollout.ids and item.mask == [0] * len(prompt) + [1] * len(rollout.ids)
     assert second.ids[:len(first.ids)] == first.ids and [item.chat for item in fake.items[1:]] == [True, True, False] and fake.temperature == 0.7
