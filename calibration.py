@@ -325,11 +325,15 @@ def fit_together(columns_of_q, c):
     mean, scale = z.mean(0), z.std(0)
     if not scale.all():
         raise ValueError("cannot fit: a confidence is the same for all items")
+    x, refusal = np.concatenate([(z - mean) / scale, np.ones((len(z), 1))], 1), "cannot fit: the confidences determine each other, or part right from wrong"
     try:
-        *slopes, offset = newton(np.concatenate([(z - mean) / scale, np.ones((len(z), 1))], 1), np.array(some, np.int64))
+        w = newton(x, np.array(some, np.int64))
     except np.linalg.LinAlgError:
-        raise ValueError("cannot fit: the confidences determine each other, or part right from wrong") from None
-    slopes = np.array(slopes) / scale
+        raise ValueError(refusal) from None
+    p = sigmoid(x @ w)
+    if np.linalg.eigvalsh((x * (p * (1 - p))[:, None]).T @ x / len(x))[0] < 1e-9:       # flat in some direction: Newton stopped on its way to infinity
+        raise ValueError(refusal)
+    slopes, offset = w[:-1] / scale, w[-1]
     return slopes.tolist(), float(offset - slopes @ mean)
 
 

@@ -23,12 +23,12 @@ run() {                                               # SCRIPT NAME FLAGS...
     fi
     echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-200)"
 }
-rl="--data=logic=math_en,chat=chat_en --prompts_per_step=32 --track_mix=logic:1,chat:2 --num_steps=36 --lr=1e-3 --eval_every=1000 --eval_problems=150 --preflight=0"
+rl="--data=logic=math_en,chat=chat_en --prompts_per_step=32 --track_mix=logic:1,chat:2 --num_steps=30 --lr=1e-3 --eval_every=1000 --eval_problems=150 --preflight=0"
 tested="--data=math_en,chat_en --num_prompts=400 --fit_share=.15 --test_share=.25 --num_resamples=1000"
 trained() {
     python runs/careless.py $root/careless_s$1.jsonl --share=.6 --seed=$1 > /dev/null
     run train_sft.py start_s$1 $shape --seed=$1 --init=$sweep/mid_varied_s$1 --data=toy/math_en,toy/math_ko,chat=$root/careless_s$1.jsonl \
-        --mix=math_en:.025,math_ko:.035,chat:.94 --num_steps=240 --decay_share=.3
+        --mix=math_en:.035,math_ko:.055,chat:.91 --num_steps=240 --decay_share=.3
     run train_rl.py rl_s$1 --seed=$1 --init=$root/start_s$1 $rl --eval_tasks=math_ko,math_en@test_template
     run train_calibration.py ct_s$1 --seed=$1 --init=$root/rl_s$1 $tested --hold_out_levels=4 --ood=math_en@test_template,math_ko --num_ood=80 --num_steps=240
 }

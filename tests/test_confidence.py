@@ -146,7 +146,9 @@ def said(text, prompt="a"):
 def test_votes_by_hand():
     """Samples to one prompt agree if their last lines do, whatever came before and whatever confidence they state."""
     items = [said("So 3 + 4\n#### 7"), said("#### 7\n<confidence>0.9</confidence>"), said("#### 8"), said(" #### 7 \n\n"), said("#### 7", "b"), said("", "c"), said("\n", "c"), said("x", "c")]
-    assert confidence.by_vote(items) == pytest.approx([3 / 4, 3 / 4, 1 / 4, 3 / 4, 1, 2 / 3, 2 / 3, 1 / 3])
+    shares = confidence.by_vote(items)
+    assert shares.pop(4) is None                                                                # alone: no vote
+    assert shares == pytest.approx([3 / 4, 3 / 4, 1 / 4, 3 / 4, 2 / 3, 2 / 3, 1 / 3])
 
 
 def test_words_are_read_or_there_is_no_confidence():
@@ -204,7 +206,7 @@ def test_one_source_as_it_is_is_stated_as_it_is(model):
     items = [said("<confidence>1</confidence>"), said("7"), said("<confidence>0.5</confidence>")]
     assert Confidence({"verbal": 1.0}).of(model, TOKENIZER, items) == [1.0, None, .5]
     assert Confidence({"verbal": 2.0}, 1.0).of(model, TOKENIZER, items) == [pytest.approx(cal.sigmoid(2 * cal.logit(1.0) + 1)), None, pytest.approx(1 / (1 + math.exp(-1)))]
-    assert Confidence({"vote": 1.0}).of(model, TOKENIZER, items) == pytest.approx([2 / 3, 1 / 3, 2 / 3], abs=.34) != [1.0, None, .5]
+    assert Confidence({"vote": 1.0}).of(model, TOKENIZER, items) == pytest.approx([2 / 3, 1 / 3, 2 / 3])
 
 
 GARBAGE = ["", "[]", "{}", '{"slopes": {}}', '{"slopes": {"guess": 1.0}}', '{"slopes": ["query"]}', '{"slopes": {"query": "1"}}', '{"slopes": {"query": NaN}}', '{"slopes": {"query": 1.0}, "temperature": 2}',

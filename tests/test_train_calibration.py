@@ -91,8 +91,8 @@ def test_the_query_s_loss_reads_two_logits_at_one_position():
 
 
 def test_the_query_s_loss_by_hand():
-    """Odds of 3 to 1 for the truth, then of 1 to 3: (ln 4/3 + ln 4) / 2 = ln(16 / 3) / 2."""
-    assert query_loss(torch.tensor([math.log(3), math.log(3)]), torch.tensor([1, 0]), 2).item() == pytest.approx(math.log(16 / 3) / 2, rel=1e-6)
+    """The truth had probability 3/4, then 1/8: (ln 4/3 + ln 8) / 4 = ln(32 / 3) / 4, with four answers in the global batch."""
+    assert query_loss(torch.tensor([math.log(3), math.log(7)]), torch.tensor([1, 0]), 4).item() == pytest.approx(math.log(32 / 3) / 4, rel=1e-6)
 
 
 def test_the_divergence_by_hand():
