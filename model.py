@@ -92,8 +92,30 @@ class LoRALinear(nn.Module):
         return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
+class CPUNorm(torch.autograd.Function):
+    """weight * F.rms_norm(x), bit for bit, with a gradient of its own: x (..., D) and weight (D,) fp32. With y = x r, r = 1 / sqrt(mean x^2 + eps) and
+    h = weight * dL/dz: dL/dx = r (h - y mean(h y)), dL/dweight = sum dL/dz y. On CPUs torch takes RMSNorm and its gradient apart into some twenty passes
+    over memory, a fifth of a training step of `tiny`. Fused kernels exist for GPUs alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, r, weight)                      # x, not y: it is kept by others anyway
+        return x * r * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r, weight = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        y, h = x * r, grad * weight
+        dx = h.addcmul(y, torch.linalg.vecdot(h, y)[..., None] / y.shape[-1], value=-1).mul_(r) if of_x else None
+        return dx, (grad * y).flatten(0, -2).sum(0) if of_weight else None, None
+
+
 def rms_norm(x, weight, eps):
     """x (..., D), weight (..., D): statistics in fp32, as the released models compute them; the scale is applied in the input's dtype."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and weight.ndim == 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return CPUNorm.apply(x, weight, eps)
     return weight.to(x.dtype) * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
@@ -505,10 +527,11 @@ def memory_estimate(config, device_batch_size, seq_len, *, trainable_share=1.0, 
     matrices = c.num_layers * (D * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * D * c.intermediate_size)
     weights = 4 * (tables + matrices)                                              # fp32 masters
     tokens = device_batch_size * seq_len
-    # what one block keeps for its backward, bytes per token: two norms (fp32 in, then normalized, then scaled), rotated q and k, v and the
-    # output of attention, q/k norm, and four vectors of the MLP
+    # what one block keeps for its backward, bytes per token: two norms (fp32 in, in low precision also normalized, then scaled), rotated q and k,
+    # v and the output of attention, q/k norm, and four vectors of the MLP
     heads = c.head_dim * (c.num_heads + c.num_kv_heads)
-    per_block = (2 * D * (4 + 2 * compute_bytes) + 2 * heads * compute_bytes + (heads * (4 + compute_bytes) if c.qk_norm else 0)
+    normalized = compute_bytes if compute_bytes < 4 else 0
+    per_block = (2 * D * (4 + normalized + compute_bytes) + 2 * heads * compute_bytes + (heads * (4 + normalized) if c.qk_norm else 0)
                  + 4 * c.intermediate_size * compute_bytes)
     blocks = D * compute_bytes * c.num_layers + per_block if recompute_activations else per_block * c.num_layers
     casts = compute_bytes * matrices if compute_bytes < 4 else 0                   # low-precision copies of the matrices, kept alike

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from model import (SIZES, ModelConfig, Muon, RMSNorm, RopeScaling, ScalarHead, Transformer, add_lora, clip_grad_norm, config_for_size,
-                   flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rotate, rotations)
+                   flops_per_token, inverse_frequencies, make_optimizers, memory_estimate, merged_state_dict, num_params, rms_norm, rotate,
+                   rotations)
 
 TINY = ModelConfig(vocab_size=48, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 KINDS = {"llama": TINY, "qwen2": replace(TINY, qkv_bias=True, tie_embeddings=True), "qwen3": replace(TINY, qk_norm=True, head_dim=12)}
@@ -431,3 +432,22 @@ def test_attention_by_document_is_attention_under_the_mask(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     alone = model(ids[:1, 4:9])[0]
     torch.testing.assert_close(found[0][0][0, 4:9], alone.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 32), (3, 2, 4, 8), (6, 128)])
+def test_the_norm_on_cpus_is_torchs_with_a_gradient_of_its_own(shape):
+    """Forward bit for bit F.rms_norm's; gradients those of the formula in float64, also where only one of the two is wanted."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, up = (torch.randn(s, generator=generator) * 3 for s in (shape, shape[-1:], shape))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    out = rms_norm(x, weight, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(out, rms_norm(x, weight, 1e-5)) and torch.equal(out, weight * F.rms_norm(x, shape[-1:], eps=1e-5))
+    dx, dw = torch.autograd.grad(out, (x, weight), up)
+    x64, w64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    oracle = torch.autograd.grad(w64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt(), (x64, w64), up.double())
+    for found, expected in zip((dx, dw), oracle):
+        assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    only_x, = torch.autograd.grad(rms_norm(x, weight.detach(), 1e-5), x, up)
+    only_w, = torch.autograd.grad(rms_norm(x.detach(), weight, 1e-5), weight, up)
+    assert torch.equal(only_x, dx) and torch.equal(only_w, dw)
