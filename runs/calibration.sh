@@ -34,7 +34,7 @@ trained() {
 }
 rlcr() {                                              # SEED: 160 tokens: room for the confidence after a tool call
     python runs/stated.py $root/ct_s$1/graded $root/stated_s$1.jsonl --seed=$1 > /dev/null
-    run train_sft.py states_s$1 $shape --seed=$1 --init=$root/rl_s$1 --data=$root/stated_s$1.jsonl --num_steps=100 --lr=1e-3 --muon_lr=5e-3 --decay_share=.5
+    run train_sft.py states_s$1 $shape --seed=$1 --init=$root/rl_s$1 --data=$root/stated_s$1.jsonl --num_steps=120 --decay_share=.5
     run train_rl.py rlcr_s$1 --seed=$1 --init=$root/states_s$1 $rl --max_new_tokens=160 --rewards=rlcr
     run train_rl.py rlvr_s$1 --seed=$1 --init=$root/states_s$1 $rl --max_new_tokens=160 --rewards=grader,rlcr:0
     for name in rlcr rlvr; do
