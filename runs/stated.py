@@ -20,7 +20,7 @@ from data import tasks
 def sampled(folder):
     """Those that ended by themselves, and whose calls could be read: else there is no end to state anything at, or nothing to imitate."""
     for line in (line for file in sorted((folder / "chat").glob("*.jsonl")) for line in read_jsonl(file)):
-        read = not any("<tool" in m["content"] for m in line["messages"] if m["role"] == "assistant")
+        read = not any("tool_call>" in m["content"] for m in line["messages"] if m["role"] == "assistant")
         if line["finish_reason"] == "stop" and read and line["messages"] and line["messages"][-1]["role"] == "assistant":
             yield line["task"], line["prompt"], line["messages"]
 
