@@ -176,6 +176,13 @@ def coverage_at(t, max_risk=0.05):
     return (below[-1] + 1) / len(risks) if len(below) else 0.0
 
 
+def abstention(q, c, threshold):
+    """-> what is left where answers with q below `threshold`, or without q, are not given: coverage, and the share of errors among those (None if none is
+    given) and among all."""
+    given = [y for x, y in zip(q, c) if x is not None and x >= threshold]
+    return dict(coverage=len(given) / len(c), error=1 - sum(given) / len(given) if given else None, error_of_all=1 - sum(c) / len(c))
+
+
 METRICS = {"accuracy": accuracy, "adherence": adherence, "mean_q": mean_q, "distinct_q": distinct_q, "brier": brier, "bss": bss, "nll": nll,
            "auroc": auroc, "aurc": aurc, "acc@80": accuracy_at, "cov@95": coverage_at, "ece": ece, "ace": ace}
 RESAMPLED = tuple(name for name in METRICS if name != "distinct_q")         # a resample has fewer distinct q than the set: no interval
@@ -342,12 +349,6 @@ def combine(columns_of_q, slopes, offset):
     there = [all(q is not None for q in row) for row in zip(*columns_of_q)]
     z = sum(a * logit(np.array([0.5 if x is None else x for x in q])) for a, q in zip(slopes, columns_of_q)) + offset
     return [p if ok else None for p, ok in zip(sigmoid(z).tolist(), there)]
-
-
-def rescale(q, a, b=0.0):
-    """N numbers in [0, 1] or None -> as many. Temperature: a = 1 / T. With a > 0 the order stays, and so AUROC and AURC (ties from the clamp aside)."""
-    q, stated, _ = columns(q, [0] * len(q))
-    return [p if there else None for p, there in zip(sigmoid(a * logit(q) + b).tolist(), stated)]
 
 
 # -----------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def reply(model, tokenizer, prompt_ids, cfg, turn, calibrated=None, in_conversat
     p, sure = None, ""
     if calibrated:
         item = confidence.Item(prompt_ids + rollout.ids, [0] * len(prompt_ids) + rollout.mask, in_conversation, text, str(turn))
-        p, = calibrated.of(model, tokenizer, [item], temperature=cfg.temperature)
+        p, = calibrated.of(model, tokenizer, [item])
         sure = in_brief(p, calibrated.threshold)
     print(f"{text}{cut}  ({sure}{speed:.0f} tok/s)", flush=True)
     return rollout.ids, text, p

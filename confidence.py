@@ -37,8 +37,13 @@ class Item(NamedTuple):
     ids: list           # of prompt and answer, as sampled
     mask: list          # 1 where sampled
     chat: bool          # a conversation; else plain text
-    text: str           # of the last turn
+    text: str           # of the assistant's last turn
     prompt: str         # a key that samples to one prompt share
+
+
+def last_words(messages):
+    """What followed a prompt -> content of the assistant's last turn."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
 
 
 # -----------------------------------------------------------------------------
@@ -126,7 +131,8 @@ def by_words(items):
 
 
 def by_vote(items):
-    """Agreement is equality of the last line without the stated confidence: graders say right or wrong, not what an answer is. One sample is no vote."""
+    """Agreement is equality of the last line without the stated confidence: graders say right or wrong, not what an answer is. Code, whose last line
+    says little, needs another source. One sample is no vote."""
     last = [(stated_confidence(item.text)[0].strip().splitlines() or [""])[-1].strip() for item in items]
     together, same = Counter(item.prompt for item in items), Counter((item.prompt, line) for item, line in zip(items, last))
     return [same[item.prompt, line] / together[item.prompt] if together[item.prompt] > 1 else None for item, line in zip(items, last)]
@@ -146,16 +152,17 @@ class Confidence(NamedTuple):
     both_orders: bool = False
     lora_rank: int = 0              # above 0: of the adapter that is on for the query
     lora_alpha: float = 0.0
+    temperature: float = 1.0        # at which log-probabilities are read: that of the answers it was fitted on, however these here were sampled
 
-    def of(self, model, tokenizer, items, temperature=0.0, device_batch_size=16):
-        """items: for a vote, all samples to their prompts; temperature: at which they were sampled -> a list of p, None where there is none."""
+    def of(self, model, tokenizer, items, device_batch_size=16):
+        """items: for a vote, all samples to their prompts -> a list of p, None where there is none."""
         found = []
         for source in self.slopes:
             if source == "query":
                 with lora_scaled(model, self.lora_alpha / self.lora_rank if self.lora_rank else None):
                     found.append(by_query(model, tokenizer, items, self.query, self.both_orders, device_batch_size))
             else:
-                found.append(by_logprob(model, items, temperature, device_batch_size) if source == "logprob" else
+                found.append(by_logprob(model, items, self.temperature, device_batch_size) if source == "logprob" else
                              by_words(items) if source == "verbal" else by_vote(items))
         return found[0] if (*self.slopes.values(), self.offset) == (1.0, 0.0) else combine(found, self.slopes.values(), self.offset)
 
@@ -171,9 +178,10 @@ def load(folder, model):
     found = checkpoint.read_json(file)
     try:
         known = Confidence(**found)
-        if not known.slopes or not set(known.slopes) <= set(SOURCES) or known.lora_rank < 0 or not math.isfinite(
-                sum(known.slopes.values()) + known.offset + known.threshold + known.lora_alpha):
-            raise TypeError(f"slopes {known.slopes}, offset {known.offset}, threshold {known.threshold}, adapter {known.lora_rank}, {known.lora_alpha}")
+        if not known.slopes or not set(known.slopes) <= set(SOURCES) or known.lora_rank < 0 or not known.temperature > 0 or not math.isfinite(
+                sum(known.slopes.values()) + known.offset + known.threshold + known.lora_alpha + known.temperature):
+            raise TypeError(f"slopes {known.slopes}, offset {known.offset}, threshold {known.threshold}, adapter {known.lora_rank}, {known.lora_alpha}, "
+                            f"temperature {known.temperature}")
         check_query(known.query)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: not what train_calibration.py writes ({error})") from None

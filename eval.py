@@ -106,15 +106,14 @@ def pass_at_k(right, n, k):
 CONFIDENCE_SCORES = ("brier", "bss", "auroc", "ece", "mean_q", "adherence")
 
 
-def confidences(calibrated, model, tokenizer, problems, played, temperature):
+def confidences(calibrated, model, tokenizer, problems, played):
     """-> p of each answer, or None, in the shape of played. calibrated: confidence.Confidence."""
     items = []
     for i, (problem, group) in enumerate(zip(problems, played)):
         chat = isinstance(problem.prompt, list)
         prompt = tokenizer.render_prompt(problem.prompt, problem.tools) if chat else tokenizer.encode(problem.prompt)      # as play does
-        items += [confidence.Item(prompt + r.ids, [0] * len(prompt) + r.mask, chat, messages[-1]["content"] if messages else "", str(i))
-                  for r, messages, _ in group]
-    p = iter(calibrated.of(model, tokenizer, items, temperature=temperature))
+        items += [confidence.Item(prompt + r.ids, [0] * len(prompt) + r.mask, chat, confidence.last_words(messages), str(i)) for r, messages, _ in group]
+    p = iter(calibrated.of(model, tokenizer, items))
     return [[next(p) for _ in group] for group in played]
 
 
@@ -124,9 +123,9 @@ def confidence_scores(p, outcomes, threshold):
     graded = [(q, int(o == Outcome.RIGHT)) for q, o in zip(p, outcomes) if o != Outcome.GRADER_ERROR]
     if not graded:
         return dict.fromkeys((*CONFIDENCE_SCORES, "given", "given_right")) | dict(threshold=threshold)
-    given = [right for q, right in graded if q is not None and q >= threshold]
+    left = calibration.abstention(*zip(*graded), threshold)
     return calibration.metrics(calibration.tally(*zip(*graded)), CONFIDENCE_SCORES) | dict(
-        given=len(given) / len(graded), given_right=sum(given) / len(given) if given else None, threshold=threshold)
+        given=left["coverage"], given_right=None if left["error"] is None else 1 - left["error"], threshold=threshold)
 
 
 def short(value, digits=3):
@@ -147,7 +146,8 @@ def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, see
         return dict(task=task, metric="bpb", value=float(ratio(bits, num_bytes)), low=low, high=high, n=len(bits), samples=[],
                     rows=[bits.tolist(), num_bytes.tolist()])
     problems = tasks.problems(task, num_problems, seed)
-    played = play(model, tokenizer, problems, num_samples=num_samples, temperature=temperature, seed=seed, desc=desc)
+    room = max(tasks.max_new_tokens(p.task) for p in problems) + tasks.STATED if calibrated and "verbal" in calibrated.slopes else None
+    played = play(model, tokenizer, problems, num_samples=num_samples, temperature=temperature, seed=seed, max_new_tokens=room, desc=desc)
     outcomes = [[p.outcome for p in group] for group in played]
     right = [group.count(Outcome.RIGHT) for group in outcomes]
     counts = {str(o): sum(group.count(o) for group in outcomes) for o in Outcome}
@@ -157,7 +157,7 @@ def run_task(model, tokenizer, task, *, num_problems=300, max_bytes=200_000, see
                     outcome=str(group[0].outcome)) for p, group in zip(problems, played)]
     measured = {}
     if calibrated:
-        p = confidences(calibrated, model, tokenizer, problems, played, temperature)
+        p = confidences(calibrated, model, tokenizer, problems, played)
         measured = dict(confidence=confidence_scores(sum(p, []), sum(outcomes, []), calibrated.threshold))
         samples = [s | dict(confidence=group[0]) for s, group in zip(samples, p)]
     passes = {f"pass@{k}": float(np.mean([pass_at_k(r, num_samples, k) for r in right])) for k in (2 ** i for i in range(1, 11)) if k <= num_samples}

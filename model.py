@@ -104,6 +104,7 @@ class CPUNorm(torch.autograd.Function):
         return x * r * weight
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, r, weight = ctx.saved_tensors
         of_x, of_weight, _ = ctx.needs_input_grad

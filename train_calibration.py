@@ -16,7 +16,8 @@ wording, another language, levels left out of training. report.md, calibration.p
 Confidence in words is trained by train_rl.py --rewards=rlcr (arXiv 2507.16806), and measured here with --source=verbal.
 
     python train_calibration.py --init=out/quickstart/sft --data=math_en --ood=math_en@test_template,math_ko      laptop, minutes
-    python train_calibration.py --init=<Hugging Face folder> --data=gsm8k --ood=math500                             one GPU
+    python train_calibration.py --init=<Hugging Face folder> --data=gsm8k --ood=gsm8k,math500                       one GPU; gsm8k is its training part,
+                                                                          which a model may know by heart: --ood=gsm8k is the test part
     torchrun --nproc_per_node=8 train_calibration.py ...                                                            the same flags, eight GPUs
 """
 import json
@@ -58,13 +59,13 @@ class Config:
     data: str = "toy"                # comma-separated prompts: tasks of data/tasks.py or files, as in train_rl.py
     ood: str = ""                    # prompts that are only tested on, e.g. math_en@test_template,math_ko
     hold_out_levels: str = ""        # levels of difficulty that are only tested on, e.g. 4; of tasks that have levels
-    num_prompts: int = 1000          # problems of each task that makes its own; files give all they have
+    num_prompts: int = 1000          # problems of each task that makes its own; files, gsm8k and mbpp give all they have
     num_ood: int = 250               # prompts of each --ood
     num_samples: int = 4             # answers to each prompt
     answer_temperature: float = 1.0  # of sampling
     max_new_tokens: int = -1         # bound on an answer, tool results included; auto: the largest of the tasks' own, and room for a stated confidence
     tool_timeout: float = 60.0       # seconds until a call is given up
-    graded: str = ""                 # folder of graded answers that another run left (out/<name>/graded), of these same weights
+    graded: str = ""                 # folder of graded answers that another run left (out/<name>/graded), of these same weights, in place of the flags above
     fit_share: float = 0.1           # share of the prompts for rescaling and threshold
     test_share: float = 0.1          # share of the prompts to test on
     grader: str = ""                 # of rows in files: exact | gsm8k | math | ifeval | code | none; empty: by their data_source
@@ -87,7 +88,7 @@ class Config:
     warmup_steps: int = 10           # steps of linear warm-up; then down along a cosine
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     jsd_coef: float = -1.0           # strength of the pull of answers to where they were; auto: 1 for shared, 0 for query
-    shuffle_grades: bool = False     # control: grades change answers; must end at a skill of 0
+    shuffle_grades: bool = False     # control: grades that ct is trained on change answers; its row must end at a skill of 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     # looking and keeping
     eval_every: int = 0              # steps between scores on the fit prompts, 0: only at the end
@@ -100,7 +101,6 @@ class Config:
 
 MAY_CHANGE = ("name", "device_batch_size", "tool_timeout", "sandbox", "max_grader_error", "eval_every", "num_resamples", "save_every", "resume", "overwrite",
               "dry_run")
-STATED = 40             # tokens of room for a confidence in words
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def split_of(seed, prompt, fit_share, test_share):
     return "test" if x < test_share else "fit" if x < test_share + fit_share else "train"
 
 
-def read_graded(folder, tokenizer, cfg, split):
+def read_graded(folder, cfg, split):
     """-> Graded of all files below the folder. split: a name, or None: by prompt. Answers whose grader failed are left out and counted; ungradable is
     not right."""
     columns, outcomes, files = ([], [], []), Counter(), sorted(Path(folder).rglob("*.jsonl"))
@@ -157,17 +157,26 @@ def read_graded(folder, tokenizer, cfg, split):
             if line["outcome"] == Outcome.GRADER_ERROR:
                 continue
             chat, key = isinstance(line["prompt"], list), json.dumps(line["prompt"])
-            prompt = line.get("prompt_ids") or (tokenizer.render_prompt(line["prompt"]) if chat else tokenizer.encode(line["prompt"]))
+            prompt = line["prompt_ids"]
             if sum(line["mask"]) == 0:
                 raise ValueError(f"{file}: problem {line['problem']} sample {line['sample']} has no sampled token")
-            text = line["messages"][-1]["content"] if line["messages"] else ""
-            item = confidence.Item(prompt + line["ids"], [0] * len(prompt) + line["mask"], chat, text, key)
+            item = confidence.Item(prompt + line["ids"], [0] * len(prompt) + line["mask"], chat, confidence.last_words(line["messages"]), key)
             for column, value in zip(columns, (item, int(line["outcome"] == Outcome.RIGHT), split or split_of(cfg.seed, key, cfg.fit_share, cfg.test_share))):
                 column.append(value)
     if outcomes[Outcome.GRADER_ERROR] > cfg.max_grader_error * sum(outcomes.values()):
         raise RuntimeError(f"{folder}: the grader failed on {outcomes[Outcome.GRADER_ERROR]} of {sum(outcomes.values())} answers "
                            f"(--max_grader_error={cfg.max_grader_error})")
+    if not columns[0]:
+        raise ValueError(f"{folder}: no graded answer")
     return Graded(*columns)
+
+
+def check_overlap(graded):
+    """What is only tested on must be in no split that something is fitted on."""
+    fitted = {item.prompt for item in graded["in domain"].of("train", "fit").items}
+    for name, g in graded.items():
+        if name != "in domain" and (both := {item.prompt for item in g.items} & fitted):
+            raise ValueError(f"{len(both)} prompts of {name} are among those that are trained on or fitted on: choose another --ood")
 
 
 def check_classes(graded, training):
@@ -199,8 +208,10 @@ def open_sets(cfg):
 def sample_graded(model, tokenizer, sets, cfg, folder, start, rank, world_size):
     """Answers to every problem of {set: problems}, graded, in folder/<set>/: 64 problems to a file, and a file that is there is not made again.
     record.json says which weights they are of."""
+    room = max(tasks.max_new_tokens(p.task) for problems in sets.values() for p in problems) + tasks.STATED if cfg.max_new_tokens == -1 else cfg.max_new_tokens
     record = dict(weights=checkpoint.weights_hash(start), sets=list(sets), num_samples=cfg.num_samples, temperature=cfg.answer_temperature, seed=cfg.seed,
-                  prompts=random_key([[p.prompt for p in problems] for problems in sets.values()]))
+                  max_new_tokens=room, tool_timeout=cfg.tool_timeout,
+                  prompts=random_key([[[p.prompt, p.task, p.answer] for p in problems] for problems in sets.values()]))
     with checkpoint.together():
         file = folder / "record.json"
         if rank == 0 and file.exists():
@@ -210,7 +221,6 @@ def sample_graded(model, tokenizer, sets, cfg, folder, start, rank, world_size):
         elif rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(record) + "\n")
-    room = max(tasks.max_new_tokens(p.task) for problems in sets.values() for p in problems) + STATED if cfg.max_new_tokens == -1 else cfg.max_new_tokens
     with checkpoint.together():
         for name, problems in sets.items():
             for kind in ("chat", "text"):                            # conversations and plain texts are played apart
@@ -222,11 +232,11 @@ def sample_graded(model, tokenizer, sets, cfg, folder, start, rank, world_size):
 
 
 def check_record(folder, start):
-    """-> names of the sets in a folder of graded answers. ValueError unless they are of the weights in `start`."""
+    """-> the record of a folder of graded answers. ValueError unless they are of the weights in `start`."""
     record = checkpoint.read_json(Path(folder) / "record.json")
     if record.get("weights") != checkpoint.weights_hash(start):
         raise ValueError(f"{folder}: these answers are of other weights than {start}: a model is calibrated on its own answers")
-    return record["sets"]
+    return record
 
 
 # -----------------------------------------------------------------------------
@@ -305,12 +315,6 @@ def table(scores):
     return "\n".join(lines + [f"| {name} | " + " | ".join(cell(found[key]) for key in COLUMNS) + " |" for name, found in scores.items()])
 
 
-def abstention(q, right, threshold):
-    """-> what is left when answers with less than `threshold`, or without any confidence, are not given: coverage, and shares of errors."""
-    given = [c for p, c in zip(q, right) if p is not None and p >= threshold]
-    return dict(coverage=len(given) / len(right), error=1 - sum(given) / len(given) if given else None, error_of_all=1 - sum(right) / len(right))
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -338,6 +342,8 @@ def train(cfg):
 
     # graded answers of the model as it is
     resolve(cfg, parameters, 1000)                                    # a flag that is wrong should not be found after an hour of sampling
+    if cfg.graded and (cfg.ood or cfg.hold_out_levels):
+        raise ValueError(f"--graded={cfg.graded} has the sets that it has: --ood and --hold_out_levels are for answers yet to be sampled")
     folder = Path(cfg.graded) if cfg.graded else out_dir / "graded"
     if rank == 0 and not cfg.resume:
         checkpoint.clear(out_dir, cfg.overwrite or cfg.name == "dummy")
@@ -348,8 +354,10 @@ def train(cfg):
         for note in notes if rank == 0 else ():
             print(f"note: {note}", flush=True)
         sample_graded(model, tokenizer, sets, cfg, folder, start, rank, world_size)
-    graded = {name: read_graded(folder / name.replace("/", "_"), tokenizer, cfg, None if name == "in domain" else "test")
-              for name in check_record(folder, start)}
+    record = check_record(folder, start)
+    cfg = replace(cfg, num_samples=record.get("num_samples", cfg.num_samples), answer_temperature=record.get("temperature", cfg.answer_temperature))
+    graded = {name: read_graded(folder / name.replace("/", "_"), cfg, None if name == "in domain" else "test") for name in record["sets"]}
+    check_overlap(graded)
     check_classes(graded["in domain"], cfg.method == "ct")
     todo = graded["in domain"].of("train")
     cfg = resolve(cfg, parameters, len(todo.items))
@@ -393,7 +401,7 @@ def train(cfg):
     offsets = token_offsets(sequences)
     is_label = torch.zeros(int(offsets[-1]), dtype=torch.bool)
     is_label[offsets[1:] - 1] = True
-    fit, val = graded["in domain"].of("fit"), {}
+    fit = graded["in domain"].of("fit")
     query = lambda g: spread(lambda items: confidence.by_query(model, tokenizer, items, cfg.query, cfg.both_orders, cfg.device_batch_size), g.items, rank,
                              world_size)
 
@@ -403,8 +411,7 @@ def train(cfg):
         # once in a while: scores on the fit prompts; the test prompts are for the end
         if ct and (last_step or (cfg.eval_every and step % cfg.eval_every == 0)) and (step > first_step or not resume):
             found = calibration.metrics(calibration.tally(query(fit), fit.right), ("brier", "auroc", "ece"))
-            val = {f"val/{key}": value for key, value in found.items()}
-            logger.log(step, **val)
+            logger.log(step, **{f"val/{key}": value for key, value in found.items()})
             logger.print(f"step {step:5d}/{cfg.num_steps} | " + " | ".join(f"{key} {value:.3f}" for key, value in found.items()))
 
         if last_step or (cfg.save_every and step > first_step and step % cfg.save_every == 0):
@@ -494,19 +501,21 @@ def train(cfg):
     parts, slopes, offset = fits[final]
     stated = apply(fits[final], on_fit)
     threshold = float(np.quantile([-1.0 if q is None else q for q in stated], 1 - cfg.coverage, method="higher"))
+    refusal = next((line for line in refused if not ct and line.startswith(f"{source} + {cfg.method}: ")), "")
     own = ct and cfg.adapter == "query"
     known = confidence.Confidence(dict(zip((part.replace("ct", "query") for part in parts), slopes)), offset, max(0.0, threshold), cfg.query, cfg.both_orders,
-                                  cfg.lora_rank * own, cfg.lora_alpha * own)
+                                  cfg.lora_rank * own, cfg.lora_alpha * own, cfg.answer_temperature or 1.0)
     moved = accuracy_moved(model, ref, tokenizer, sets["in domain"], cfg, rank, world_size) if shared and not cfg.graded else None
     summary = dict(name=cfg.name, checkpoint=str(saved), steps=cfg.num_steps, seconds=round(time.monotonic() - started, 1), method=final)
     if rank == 0:
-        known.save(saved)
+        if not refusal:
+            known.save(saved)
         lines, results = [f"# How far the confidence of {cfg.init} can be trusted\n", f"Rescaled on {len(fit.items)} answers of the fit prompts, "
                           f"{base_rate:.3f} of them right; intervals: 95 %, bootstrap over prompts, {cfg.num_resamples} resamples. Brier and its skill (bss) "
                           "and auroc rank; an ece below the noise floor's 95th percentile cannot be told from calibrated.\n"], {}
         for name, g in tested.items():
             found, draws = score(rows[name], g, cfg.num_resamples, cfg.seed)
-            given = abstention(rows[name][final], g.right, known.threshold)
+            given = calibration.abstention(rows[name][final], g.right, known.threshold)
             results[name] = dict(num_answers=len(g.items), scores=found, abstention=given)
             length = np.mean([sum(item.mask) for item in g.items])
             lines.append(f"## {name}: {len(g.items)} answers, {length:.1f} sampled tokens each\n\n{table(found)}\n")
@@ -519,6 +528,8 @@ def train(cfg):
                          f"abstains: {given['coverage']:.3f} of the answers are given, {cell(given['error'])} of them wrong, where of all "
                          f"{given['error_of_all']:.3f} are.\n")
         lines += [f"- no {line}" for line in refused]
+        if shared and not moved:
+            lines.append("\nWhether answers got worse was not looked at: --graded brings no prompts to ask again.")
         if moved:
             summary["accuracy_moved"] = moved
             lines.append(f"\nGreedy accuracy on {moved['n']} test prompts moved by {moved['by']:+.3f} (standard error {moved['error']:.3f}): "
@@ -535,6 +546,8 @@ def train(cfg):
             logger.log(cfg.num_steps, **{f"test/{key}_{name}": best[key] for key in ("brier", "bss", "auroc", "ece", "accuracy")})
             summary[name] = best | results[name]["abstention"]
         print("\n".join(lines), flush=True)
+    if refusal:
+        raise ValueError(f"--method={cfg.method}: {refusal}. The table is in {out_dir}/report.md; there is no calibration.json")
     logger.close(**summary)
     return summary
 

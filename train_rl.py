@@ -490,7 +490,8 @@ def train(cfg):
     if not all(pools):
         raise ValueError(f"--data={cfg.data}: track {tracks[[bool(p) for p in pools].index(False)]!r} has no prompt of 1 to {cfg.max_prompt_tokens} tokens; "
                          "raise --max_prompt_tokens")
-    cfg = resolve(cfg, num_params(model), num_prompts, max(tasks.max_new_tokens(p.task) for pool in pools for p in pool))
+    room = tasks.STATED * any("rlcr" in weights for weights in parse_rewards(cfg.rewards).values())
+    cfg = resolve(cfg, num_params(model), num_prompts, room + max(tasks.max_new_tokens(p.task) for pool in pools for p in pool))
     width = cfg.max_prompt_tokens + cfg.max_new_tokens
     if width > model.config.max_positions:
         raise ValueError(f"--max_prompt_tokens ({cfg.max_prompt_tokens}) + --max_new_tokens ({cfg.max_new_tokens}) are over the model's context of "
@@ -842,7 +843,8 @@ def preflight(model, tokenizer, pools, cfg, rewards, rank, world_size):
     results = all_gather_list(([a.reward for a in g if a.reward is not None], sum(a.truncated for a in g)) for g in groups)
     found = [reward for group, _ in results for reward in group]
     mean, mixed = sum(found) / max(1, len(found)), sum(len(set(group)) > 1 for group, _ in results) / len(results)
-    advice = ("no answer earns anything: SFT comes first (train_sft.py)" if mean == 0 else "no group holds better and worse answers: there is no gradient"
+    advice = ("no answer states a confidence: SFT on what runs/stated.py makes comes first" if "rlcr" in cfg.rewards and max(found, default=0) == -2 else
+              "no answer earns anything: SFT comes first (train_sft.py)" if mean == 0 else "no group holds better and worse answers: there is no gradient"
               if mixed == 0 else "little is left to learn" if mean > .95 else "")
     if rank == 0:
         print(f"preflight: mean reward {mean:.3f}, {mixed:.0%} of the groups mixed, {sum(n for _, n in results) / (len(results) * num_samples):.0%} truncated"

@@ -81,6 +81,9 @@ def open_prompts(data, *, num, num_val, seed=0, grader="", val_fraction=0.05, **
     return tracks, sources, notes
 
 
+STATED = 40             # tokens of room for a confidence in words, <confidence>0.85</confidence> in bytes at most
+
+
 def max_new_tokens(task):
     """Bound on everything after the prompt."""
     kind = task.partition("/")[0]

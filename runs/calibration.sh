@@ -32,13 +32,13 @@ trained() {
     run train_rl.py rl_s$1 --seed=$1 --init=$root/start_s$1 $rl --eval_tasks=math_ko,math_en@test_template
     run train_calibration.py ct_s$1 --seed=$1 --init=$root/rl_s$1 $tested --hold_out_levels=4 --ood=math_en@test_template,math_ko --num_ood=80 --num_steps=240
 }
-rlcr() {                                              # SEED: 160 tokens: room for the confidence after a tool call
+rlcr() {                                              # SEED; measured on other prompts than those whose answers taught the form
     python runs/stated.py $root/ct_s$1/graded $root/stated_s$1.jsonl --seed=$1 > /dev/null
     run train_sft.py states_s$1 $shape --seed=$1 --init=$root/rl_s$1 --data=$root/stated_s$1.jsonl --num_steps=120 --decay_share=.5
-    run train_rl.py rlcr_s$1 --seed=$1 --init=$root/states_s$1 $rl --max_new_tokens=160 --rewards=rlcr
-    run train_rl.py rlvr_s$1 --seed=$1 --init=$root/states_s$1 $rl --max_new_tokens=160 --rewards=grader,rlcr:0
+    run train_rl.py rlcr_s$1 --seed=$1 --init=$root/states_s$1 $rl --rewards=rlcr
+    run train_rl.py rlvr_s$1 --seed=$1 --init=$root/states_s$1 $rl --rewards=grader,rlcr:0
     for name in rlcr rlvr; do
-        run train_calibration.py words_${name}_s$1 --seed=$1 --init=$root/${name}_s$1 $tested --method=none --source=verbal
+        run train_calibration.py words_${name}_s$1 --seed=$(($1 + 1000)) --init=$root/${name}_s$1 $tested --method=none --source=verbal
     done
 }
 for seed in $SEEDS; do spawn trained $seed; done

@@ -39,15 +39,16 @@ def main():
         print(f"\n**{name}**\n\n{header}")
         for label in dict.fromkeys(label for r in runs for label in r[name]["scores"]):
             print(row(label, [r[name]["scores"][label] for r in runs if label in r[name]["scores"]]))
-        final = [r[name]["scores"]["ct & logprob"] for r in runs]
+        fitted = [r for r in runs if "ct & logprob" in r[name]["scores"]]
+        final = [r[name]["scores"]["ct & logprob"] for r in fitted]
         summary[name] = dict(bss=interval([value(f, "bss") for f in final]))
         for before in ("query", "logprob"):
-            ratio = [value(r[name]["scores"][before], "ece") / value(f, "ece") for r, f in zip(runs, final)]
+            ratio = [value(r[name]["scores"][before], "ece") / value(f, "ece") for r, f in zip(fitted, final)]
             summary[name][f"ece of {before} / ece"] = f"{math.exp(sum(map(math.log, ratio)) / len(ratio)):.1f} ({min(ratio):.1f} to {max(ratio):.1f})"
         for before in ("query + temperature", "logprob + temperature"):
-            gains = [value(f, "auroc") - value(r[name]["scores"][before], "auroc") for r, f in zip(runs, final) if before in r[name]["scores"]]
+            gains = [value(f, "auroc") - value(r[name]["scores"][before], "auroc") for r, f in zip(fitted, final) if before in r[name]["scores"]]
             summary[name][f"auroc minus {before}"] = interval(gains) if gains else "-"
-        left = [r[name]["abstention"] for r in runs]
+        left = [r[name]["abstention"] for r in fitted if r[name]["abstention"]["error"] is not None]
         summary[name]["errors at the threshold / at full coverage"] = interval([a["error"] / a["error_of_all"] for a in left])
         summary[name]["coverage"] = interval([a["coverage"] for a in left])
         # the definition of the curve: the 80 % most confident answers of the test set itself

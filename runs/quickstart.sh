@@ -65,8 +65,8 @@ in_words() {
     logged "$root/states.log" python train_sft.py --name=quickstart/states --init=$root/merged --data=$root/stated.jsonl $shape --num_steps=60 --decay_share=.5 \
         --eval_every=0
     logged "$root/rlcr.log" python train_rl.py --name=quickstart/rlcr --init=$root/states --data=math_en,chat_en --rewards=rlcr --prompts_per_step=8 --num_steps=8 \
-        --lr=1e-3 --warmup_steps=2 --max_new_tokens=160 --preflight=0 --eval_every=1000 --eval_problems=1
-    logged "$root/words.log" python train_calibration.py --name=quickstart/words --init=$root/rlcr --data=math_en,chat_en --num_prompts=30 --fit_share=.4 --test_share=.5 \
+        --lr=1e-3 --warmup_steps=2 --preflight=0 --eval_every=1000 --eval_problems=1
+    logged "$root/words.log" python train_calibration.py --name=quickstart/words --seed=1 --init=$root/rlcr --data=math_en,chat_en --num_prompts=30 --fit_share=.4 --test_share=.5 \
         --method=none --source=verbal --num_resamples=500
 }
 both calibration in_words

@@ -218,11 +218,6 @@ def test_bad_input_is_refused_by_row(q, c, message):
         cal.bootstrap({"a": (q, c, range(len(q)))}, num=1)
 
 
-def test_rescaling_refuses_what_is_no_confidence():
-    with pytest.raises(ValueError, match="row 1: confidence 2"):
-        cal.rescale([0.5, 2], 1.0)
-
-
 def test_grades_may_be_bools_and_columns_arrays():
     assert scores(np.array(Q[:-1]), np.array(C[:-1], bool)) == scores(Q[:-1], C[:-1])
 
@@ -335,18 +330,28 @@ def test_wilson_holds_the_share_itself_also_after_rounding():
 # Rescaling
 
 
+rescale = lambda q, a, b=0.0: cal.combine([q], [a], b)
+
+
 def test_temperature_by_hand():
     """q = .9, right 3 of 4 times: sig(log 9 / T) = .75 = sig(log 3), so T = 2. Items at one half have nothing to say."""
     assert cal.fit_temperature([0.9] * 4, [1, 1, 1, 0]) == pytest.approx(2, abs=1e-10)
     assert cal.fit_temperature([0.9] * 4 + [0.5] * 3 + [None], [1, 1, 1, 0, 0, 0, 1, 0]) == pytest.approx(2, abs=1e-10)
-    assert cal.rescale([0.9, 0.1, 0.5, None], 1 / 2) == pytest.approx([0.75, 0.25, 0.5, None])
+    assert cal.combine([[0.9, 0.1, 0.5, None]], [1 / 2], 0.0) == pytest.approx([0.75, 0.25, 0.5, None])
+
+
+def test_abstention_by_hand():
+    """At the threshold is given; without a confidence is not."""
+    q, c = [0.9, 0.5, 0.4, None, 0.8], [1, 0, 1, 1, 0]
+    assert cal.abstention(q, c, 0.5) == pytest.approx(dict(coverage=0.6, error=2 / 3, error_of_all=0.4))
+    assert cal.abstention(q, c, 0.95) == dict(coverage=0.0, error=None, error_of_all=pytest.approx(0.4))
 
 
 def test_platt_by_hand():
     """Two confidences, two parameters: each gets its own share of right answers, .6 and .2. a = (log 1.5 - log .25) / (log 9 - log 4)."""
     a, b = cal.fit_platt([0.9] * 5 + [0.8] * 5 + [None], [1, 1, 1, 0, 0] + [1, 0, 0, 0, 0] + [0])
     assert a == pytest.approx(math.log(6) / math.log(2.25), abs=1e-9) and b == pytest.approx(math.log(1.5) - a * math.log(9), abs=1e-9)
-    assert cal.rescale([0.9, 0.8], a, b) == pytest.approx([0.6, 0.2], abs=1e-10)
+    assert rescale([0.9, 0.8], a, b) == pytest.approx([0.6, 0.2], abs=1e-10)
 
 
 def test_fits_recover_what_made_the_data():
@@ -356,7 +361,7 @@ def test_fits_recover_what_made_the_data():
     assert cal.fit_platt(q, c) == pytest.approx((0.4, -0.7), abs=0.06)                          # standard errors .013 and .023
     c = rng.random(10_000) < cal.sigmoid(cal.logit(q) / 3)
     assert cal.fit_temperature(q, c) == pytest.approx(3, abs=0.3)
-    before, after = scores(q, c), scores(cal.rescale(q, 1 / 3), c)
+    before, after = scores(q, c), scores(rescale(q, 1 / 3), c)
     assert after["brier"] < before["brier"] - 0.02 and after["ece"] < 0.02 < 0.1 < before["ece"]
 
 
@@ -365,9 +370,9 @@ def test_fits_solve_the_score_equations(slope):
     """At the maximum of the likelihood sum (c - p) and sum (c - p) z are 0, for weak and for all but perfect separation."""
     q, c = sample(1000, seed=4, levels=200, slope=slope)
     z = cal.logit(q)
-    residual = c - np.array(cal.rescale(q, *cal.fit_platt(q, c)))
+    residual = c - np.array(rescale(q, *cal.fit_platt(q, c)))
     assert abs(residual.mean()) < 1e-9 and abs((residual * z).mean()) < 1e-9
-    residual = c - np.array(cal.rescale(q, 1 / cal.fit_temperature(q, c)))
+    residual = c - np.array(rescale(q, 1 / cal.fit_temperature(q, c)))
     assert abs((residual * z).mean()) < 1e-9
 
 
@@ -375,7 +380,7 @@ def test_newton_takes_smaller_steps_where_full_ones_diverge():
     """51, 2794 and 6 answers of which 0, 2 and 2 are right: full steps from 0 end in a singular matrix."""
     q, c = [0.1] * 51 + [0.7] * 2794 + [0.9] * 6, [0] * 51 + [1] * 2 + [0] * 2792 + [1] * 2 + [0] * 4
     a, b = cal.fit_platt(q, c)
-    residual = c - np.array(cal.rescale(q, a, b))
+    residual = c - np.array(rescale(q, a, b))
     assert abs(residual.sum()) < 1e-6 and abs((residual * cal.logit(q)).sum()) < 1e-6 and 4 < a < 6
 
 
@@ -384,10 +389,10 @@ def test_rescaling_keeps_the_order_and_clamps():
     q = [None if x is None else min(max(x, 0.001), 0.999) for x in q]                            # inside the clamp, so that no ties are made
     before = scores(q, c)
     for a, b in ((1 / cal.fit_temperature(q, c), 0.0), cal.fit_platt(q, c), (0.1, 3.0), (3.0, -2.0)):
-        after = scores(cal.rescale(q, a, b), c)
+        after = scores(rescale(q, a, b), c)
         assert all(after[k] == before[k] for k in ("auroc", "aurc", "acc@80", "cov@95", "distinct_q", "adherence"))
-    assert cal.rescale([0.0, 1.0, 0.00005, None], 1.0) == pytest.approx([1e-4, 1 - 1e-4, 1e-4, None])
-    assert cal.rescale([0.3], 40.0)[0] / (3 / 7) ** 40 == pytest.approx(1, abs=1e-9)             # exact in the tail
+    assert rescale([0.0, 1.0, 0.00005, None], 1.0) == pytest.approx([1e-4, 1 - 1e-4, 1e-4, None])
+    assert rescale([0.3], 40.0)[0] / (3 / 7) ** 40 == pytest.approx(1, abs=1e-9)             # exact in the tail
 
 
 @pytest.mark.parametrize("fit, q, c, message", [

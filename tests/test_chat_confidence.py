@@ -41,9 +41,8 @@ class Fake:
     def __init__(self, *p, threshold=0.48, source="query"):
         self.p, self.threshold, self.items, self.slopes = list(p), threshold, [], {source: 1.0}
 
-    def of(self, model, tokenizer, items, temperature=0.0):
+    def of(self, model, tokenizer, items):
         self.items += items
-        self.temperature = temperature
         return [self.p.pop(0) for _ in items]
 
 
@@ -127,5 +126,5 @@ def test_a_session_asks_of_all_ids_and_marks_the_last_answer(monkeypatch, capsys
     first, second, raw = fake.items
     for item, (prompt, [[rollout]]) in zip((first, second, raw), rollouts):
         assert item.ids == prompt + rollout.ids and item.mask == [0] * len(prompt) + [1] * len(rollout.ids)
-    assert second.ids[:len(first.ids)] == first.ids and [item.chat for item in fake.items] == [True, True, False] and fake.temperature == 0.7
+    assert second.ids[:len(first.ids)] == first.ids and [item.chat for item in fake.items] == [True, True, False]
     assert Tokenizer.bytes().decode(raw.ids).startswith("mibo" + raw.text)

@@ -196,7 +196,7 @@ def test_log_probabilities_are_read_without_the_adapter(trained, model):
     folder, q, known = trained
     loaded, _ = checkpoint.load_hf(folder)
     confidence.load(folder, loaded)
-    both = known._replace(slopes={"query": 1.5, "logprob": -.5}, offset=.2).of(loaded, TOKENIZER, ITEMS, temperature=.7)
+    both = known._replace(slopes={"query": 1.5, "logprob": -.5}, offset=.2, temperature=.7).of(loaded, TOKENIZER, ITEMS)
     expected = cal.sigmoid(1.5 * cal.logit(q) - .5 * cal.logit(confidence.by_logprob(model, ITEMS, .7)) + .2)
     assert both == pytest.approx(expected.tolist(), rel=1e-6)
 
@@ -209,9 +209,9 @@ def test_one_source_as_it_is_is_stated_as_it_is(model):
     assert Confidence({"vote": 1.0}).of(model, TOKENIZER, items) == pytest.approx([2 / 3, 1 / 3, 2 / 3])
 
 
-GARBAGE = ["", "[]", "{}", '{"slopes": {}}', '{"slopes": {"guess": 1.0}}', '{"slopes": ["query"]}', '{"slopes": {"query": "1"}}', '{"slopes": {"query": NaN}}', '{"slopes": {"query": 1.0}, "temperature": 2}',
+GARBAGE = ["", "[]", "{}", '{"slopes": {}}', '{"slopes": {"guess": 1.0}}', '{"slopes": ["query"]}', '{"slopes": {"query": "1"}}', '{"slopes": {"query": NaN}}', '{"slopes": {"query": 1.0}, "heat": 2}',
            '{"slopes": {"query": 1.0}, "query": "right?"}', '{"slopes": {"query": 1.0}, "query": 3}', '{"slopes": {"query": 1.0}, "offset": null}',
-           '{"slopes": {"query": 1.0}, "lora_rank": "8"}', '{"slopes": {"query": 1.0}, "lora_rank": -1}', '{"slopes": {"query": 1.0}, "lora_rank": 2, "lora_alpha": "x"}']
+           '{"slopes": {"query": 1.0}, "lora_rank": "8"}', '{"slopes": {"query": 1.0}, "temperature": 0}', '{"slopes": {"query": 1.0}, "lora_rank": -1}', '{"slopes": {"query": 1.0}, "lora_rank": 2, "lora_alpha": "x"}']
 
 
 @pytest.mark.parametrize("text", GARBAGE)

@@ -108,16 +108,16 @@ def test_main_compares_checkpoints(model, capsys):
 class Fake:
     """A confidence that is told what to say."""
     def __init__(self, p, threshold=0.5):
-        self.p, self.threshold, self.items = p, threshold, []
+        self.p, self.threshold, self.items, self.slopes = p, threshold, [], {"query": 1.0}
 
-    def of(self, model, tokenizer, items, temperature):
+    def of(self, model, tokenizer, items):
         self.items += items
         return (self.p * len(items))[:len(items)]
 
 
 @pytest.mark.parametrize("task, is_chat", [("facts_en", False), ("math_en", True)])
 def test_confidence_is_that_of_prompt_and_answer(model, task, is_chat):
-    tokenizer, calibrated = Tokenizer.bytes(), Confidence({"query": 0.7, "logprob": 0.5})       # the log-probability depends on the temperature
+    tokenizer, calibrated = Tokenizer.bytes(), Confidence({"query": 0.7, "logprob": 0.5}, temperature=0.8)
     sampling = dict(num_samples=2, temperature=0.8, seed=0)
     result = evaluation.run_task(model, tokenizer, task, num_problems=2, calibrated=calibrated, **sampling)
     problems, items, right = tasks.problems(task, 2, 0), [], []
@@ -126,7 +126,7 @@ def test_confidence_is_that_of_prompt_and_answer(model, task, is_chat):
         for rollout, messages, outcome in group:
             items.append(Item(prompt + rollout.ids, [0] * len(prompt) + rollout.mask, is_chat, messages[-1]["content"], str(problem.prompt)))
             right.append(outcome == Outcome.RIGHT)
-    p = calibrated.of(model, tokenizer, items, temperature=0.8)
+    p = calibrated.of(model, tokenizer, items)
     assert [s["confidence"] for s in result["samples"]] == p[::2] and len(set(p)) == 4, "the saved sample is the first of each problem"
     assert abs(result["confidence"]["brier"] - np.mean((np.array(p) - right) ** 2)) < 1e-12
 
@@ -138,7 +138,7 @@ def test_items_of_text_and_of_turns():
     problem = lambda prompt: toy.Problem("facts_en", prompt, "", "")
     chat_prompt = [dict(role="user", content="2+2?")]
     played = [[(Rollout([7, 8], mask=[1, 1]), said[-1:], None), (Rollout([9], mask=[1]), [], None)], [(Rollout([1, 2, 3], mask=[1, 0, 1]), said, None)]]
-    assert evaluation.confidences(fake, None, tokenizer, [problem("ab"), problem(chat_prompt)], played, 1.0) == [[0.1, 0.2], [0.3]]
+    assert evaluation.confidences(fake, None, tokenizer, [problem("ab"), problem(chat_prompt)], played) == [[0.1, 0.2], [0.3]]
     one, two, three = fake.items
     ab, rendered = tokenizer.encode("ab"), tokenizer.render_prompt(chat_prompt, None)
     assert one[:4] == (ab + [7, 8], [0, 0, 1, 1], False, "last") and two[:4] == (ab + [9], [0, 0, 1], False, "")

@@ -20,7 +20,8 @@ import confidence
 import train_calibration
 from engine import generate
 from tokenizer import Tokenizer
-from train_calibration import Config, jsd, jsd_loss, query_loss, read_graded, resolve, split_of
+from confidence import Item
+from train_calibration import Config, Graded, check_overlap, jsd, jsd_loss, query_loss, read_graded, resolve, split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("TEMPER_FULL") == "1"            # five seeds of what needs training, not one: two minutes
@@ -154,7 +155,7 @@ def test_answers_are_read_with_their_split(start, tmp_path):
     """Four answers to each of 40 prompts: each prompt in one split; what cannot be graded is not right; what the grader failed on is nothing."""
     outcomes = ["right", "wrong", "ungradable", "grader_error"]
     folder = graded_folder(start, [(f"prompt {i}" if i % 2 else [f"prompt {i}"], f"answer {k}", outcomes[k]) for i in range(40) for k in range(4)])
-    g = read_graded(folder, TOKENIZER, Config(max_grader_error=.25, test_share=.3, fit_share=.3), None)
+    g = read_graded(folder, Config(max_grader_error=.25, test_share=.3, fit_share=.3), None)
     assert len(g.items) == len(g.right) == len(g.split) == 120 and g.right == [1, 0, 0] * 40 and [item.text for item in g.items] == ["answer 0", "answer 1", "answer 2"] * 40
     of = defaultdict(set)
     for item, split in zip(g.items, g.split):
@@ -163,9 +164,9 @@ def test_answers_are_read_with_their_split(start, tmp_path):
     assert g.items[0].chat and g.items[0].ids == TOKENIZER.render_prompt([dict(role="user", content="prompt 0")]) + [*b"answer 0", 258]
     assert not g.items[3].chat and g.items[3].ids == [*b"prompt 1answer 0", 256] and g.items[3].mask == [0] * 8 + [1] * 9
     assert g.of("fit", "test").right == [c for c, s in zip(g.right, g.split) if s != "train"] and set(g.of("fit").split) == {"fit"}
-    assert set(read_graded(folder, TOKENIZER, Config(max_grader_error=.25), "test").split) == {"test"}
+    assert set(read_graded(folder, Config(max_grader_error=.25), "test").split) == {"test"}
     with pytest.raises(RuntimeError, match=r"failed on 40 of 160 answers \(--max_grader_error=0.24"):
-        read_graded(folder, TOKENIZER, Config(max_grader_error=.24), None)
+        read_graded(folder, Config(max_grader_error=.24), None)
 
 
 @pytest.mark.parametrize("kind, num, match", [("right", 300, r"are right: .*--data"), ("wrong", 300, r" 0 are right: .*--data"), ("ungradable", 300, r" 0 are right: .*--data"),
@@ -330,8 +331,8 @@ def test_with_an_adapter_for_the_query_answers_stay(start):
     prompts = [TOKENIZER.render_prompt([dict(role="user", content=f"Say {i}")]) for i in range(3)]
     x, y = ([r.ids for group in generate(m, TOKENIZER, prompts, max_new_tokens=12, temperature=0.0) for r in group] for m in (before, after))
     assert x == y and max(map(len, x)) > 4
-    g = read_graded("graded/in domain", TOKENIZER, Config(**values), None).of("test")
-    p = known.of(after, TOKENIZER, g.items, temperature=1.0)
+    g = read_graded("graded/in domain", Config(**values), None).of("test")
+    p = known.of(after, TOKENIZER, g.items)
     results = json.loads(Path("out/dummy/results.json").read_text())["in domain"]
     assert np.std(p) > 1e-3 and calibration.brier(calibration.tally(p, g.right)) == pytest.approx(results["scores"][summary["method"]]["brier"]["value"], abs=1e-6)
     assert results["abstention"]["coverage"] == pytest.approx(np.mean(np.array(p) >= known.threshold), abs=1.5 / len(p))
@@ -390,7 +391,7 @@ def test_the_known_optimum(start, quick, seed):
     """Brier within .005 and AUROC within .02 of the oracle that states each kind's probability, on the same answers. Measured: .0003 and .0002 at seed 0."""
     values = kinds(start, seed, 6000)
     summary = train_calibration.main(Config(**values, num_steps=120))
-    g = read_graded("graded/in domain", TOKENIZER, Config(**values), None).of("test")
+    g = read_graded("graded/in domain", Config(**values), None).of("test")
     oracle = calibration.metrics(calibration.tally([RIGHT[int(json.loads(item.prompt)[5])] for item in g.items], g.right))
     found = json.loads(Path("out/dummy/results.json").read_text())["in domain"]["scores"]
     for method in ("ct", "ct + platt"):
@@ -404,3 +405,12 @@ def test_shuffled_grades_end_without_skill(start, quick, seed):
     train_calibration.main(Config(**kinds(start, seed, 3000), num_steps=40, shuffle_grades=True))
     found = json.loads(Path("out/dummy/results.json").read_text())["in domain"]["scores"]
     assert found["ct"]["bss"]["value"] <= .02
+
+
+def test_what_is_only_tested_on_is_fitted_on_nowhere():
+    item = lambda prompt: Item([1, 2], [0, 1], True, "", prompt)
+    graded = {"in domain": Graded([item("a"), item("b"), item("c")], [1, 0, 1], ["train", "fit", "test"]), "other": Graded([item("c"), item("d")], [1, 0], ["test"] * 2)}
+    check_overlap(graded)                                            # c is only tested on, twice
+    graded["other"].items.append(item("b"))
+    with pytest.raises(ValueError, match="1 prompts of other are among those that are trained on or fitted on"):
+        check_overlap(graded)
