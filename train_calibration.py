@@ -55,22 +55,18 @@ class Config:
     adapter: Literal["query", "shared"] = "query"       # trained weights act on the query alone, or on answers too
     lora_rank: int = 8               # of the adapter; 0, for shared alone: train all weights
     lora_alpha: float = 32.0         # LoRA's update is scaled by alpha / rank: higher learns faster
-    # answers
+    # prompts
     data: str = "toy"                # comma-separated prompts: tasks of data/tasks.py or files, as in train_rl.py
     ood: str = ""                    # prompts that are only tested on, e.g. math_en@test_template,math_ko
     hold_out_levels: str = ""        # levels of difficulty that are only tested on, e.g. 4; of tasks that have levels
     num_prompts: int = 1000          # problems of each task that makes its own; files, gsm8k and mbpp give all they have
     num_ood: int = 250               # prompts of each --ood
-    num_samples: int = 4             # answers to each prompt
-    answer_temperature: float = 1.0  # of sampling
     max_new_tokens: int = -1         # bound on an answer, tool results included; auto: the largest of the tasks' own, and room for a stated confidence
-    tool_timeout: float = 60.0       # seconds until a call is given up
     graded: str = ""                 # folder of graded answers that another run left (out/<name>/graded), of these same weights, in place of the flags above
     fit_share: float = 0.1           # share of the prompts for rescaling and threshold
     test_share: float = 0.1          # share of the prompts to test on
     grader: str = ""                 # of rows in files: exact | gsm8k | math | ifeval | code | none; empty: by their data_source
     max_grader_error: float = 0.02   # share of the answers that may go without a grade
-    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     # confidence
     method: Literal["ct", "platt", "temperature", "none"] = "ct"        # see above
     source: Literal["query", "verbal", "logprob", "vote"] = "query"     # what is rescaled and saved; ct trains the query
@@ -78,28 +74,34 @@ class Config:
     both_orders: bool = False        # ask with the options in either order and average: removes a liking for a label, costs twice
     with_logprob: bool = True        # state ct and the answer's log-probability together, weighed on the fit prompts; false: ct alone, rescaled by platt
     coverage: float = 0.8            # share of answers to give: the threshold, chosen on the fit prompts, abstains from the others
+    # answers
+    num_samples: int = 4             # answers to each prompt
+    answer_temperature: float = 1.0  # of sampling
     # training
-    num_epochs: int = -1             # passes over the graded answers; auto: 1 from 20,000 on, 3 from 5,000 on, else 6
     num_steps: int = -1              # steps; auto: by num_epochs
+    num_epochs: int = -1             # passes over the graded answers; auto: 1 from 20,000 on, 3 from 5,000 on, else 6
     batch_size: int = 32             # answers per step
-    device_batch_size: int = 16      # sequences per forward pass and device: lower when memory runs out, the result stays the same
+    device_batch_size: int = 16      # rows per forward pass and device: lower when memory runs out, the result stays the same
     lr: float = -1.0                 # peak rate of AdamW; auto: 3e-3 below 20M parameters, 1e-4 for LoRA, 2e-6 for all weights
     weight_decay: float = 0.0        # on matrices
     warmup_steps: int = 10           # steps of linear warm-up; then down along a cosine
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     jsd_coef: float = -1.0           # strength of the pull of answers to where they were; auto: 1 for shared, 0 for query
     shuffle_grades: bool = False     # control: grades that ct is trained on change answers; its row must end at a skill of 0
+    # machine
+    tool_timeout: float = 60.0       # seconds until a call is given up
+    sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     # looking and keeping
     eval_every: int = 0              # steps between scores on the fit prompts, 0: only at the end
     num_resamples: int = 2000        # of the bootstrap over prompts
     save_every: int = 0              # steps between checkpoints; 0: only at the end
     resume: str = ""                 # latest, or a step folder: continue out/<name> exactly
-    overwrite: bool = False          # delete the checkpoints and graded answers of an earlier run of this name
+    overwrite: bool = False          # delete the checkpoints of an earlier run of this name; its graded answers, too
     dry_run: bool = False            # print the resolved settings and the memory estimate, and stop
 
 
-MAY_CHANGE = ("name", "device_batch_size", "tool_timeout", "sandbox", "max_grader_error", "eval_every", "num_resamples", "save_every", "resume", "overwrite",
+MAY_CHANGE = ("name", "device_batch_size", "sandbox", "max_grader_error", "eval_every", "num_resamples", "save_every", "resume", "overwrite",
               "dry_run")
 
 
