@@ -538,7 +538,7 @@ def train(cfg):
                          + ("FAILED, answers changed; raise --jsd_coef" if moved["by"] < -moved["error"] else "answers are as good as they were"))
         write_atomically(out_dir / "report.md", "\n".join(lines) + "\n")
         write_atomically(out_dir / "results.json", json.dumps(results) + "\n")
-        shown = [label for label in (cfg.source, f"{cfg.source} + temperature", "logprob", "logprob + temperature", source, final) if label in fits]
+        shown = [label for label in (cfg.source, "logprob + temperature", source, final) if label in fits]        # more could not be told apart
         for name in tested:
             file = out_dir / ("calibration.png" if name == "in domain" else f"calibration_{name.replace('/', '_').replace('@', '_').replace(' ', '_')}.png")
             calibration.picture({label: results[name]["scores"][label]["diagrams"] for label in dict.fromkeys(shown)}, file)
