@@ -59,14 +59,14 @@ logged "$root/eval_rl.log" python eval.py --init=$root/sft,$root/rl_logic,$root/
 
 say "calibration: the merged model learns how sure to be of its answers, from a query after them; beside it, in words, by RL (a minute and a half)"
 calibration() { logged "$root/calibration.log" python train_calibration.py --name=quickstart/calibration --init=$root/merged --data=math_en,chat_en \
-    --num_prompts=70 --ood=math_en@test_template --num_ood=20 --fit_share=.2 --test_share=.25 --num_steps=45 --num_resamples=500; }
+    --num_prompts=60 --ood=math_en@test_template --num_ood=12 --fit_share=.2 --test_share=.2 --num_steps=30 --num_resamples=300; }
 in_words() {
     python runs/stated.py math_en,chat_en $root/stated.jsonl --num=500 > /dev/null
     logged "$root/states.log" python train_sft.py --name=quickstart/states --init=$root/merged --data=$root/stated.jsonl $shape --num_steps=60 --decay_share=.5 \
         --eval_every=0
-    logged "$root/rlcr.log" python train_rl.py --name=quickstart/rlcr --init=$root/states --data=math_en,chat_en --rewards=rlcr --prompts_per_step=8 --num_steps=8 \
+    logged "$root/rlcr.log" python train_rl.py --name=quickstart/rlcr --init=$root/states --data=math_en,chat_en --rewards=rlcr --prompts_per_step=8 --num_steps=5 \
         --lr=1e-3 --warmup_steps=2 --preflight=0 --eval_every=1000 --eval_problems=1
-    logged "$root/words.log" python train_calibration.py --name=quickstart/words --seed=1 --init=$root/rlcr --data=math_en,chat_en --num_prompts=30 --fit_share=.4 --test_share=.5 \
+    logged "$root/words.log" python train_calibration.py --name=quickstart/words --seed=1 --init=$root/rlcr --data=math_en,chat_en --num_prompts=20 --fit_share=.4 --test_share=.5 \
         --method=none --source=verbal --num_resamples=500
 }
 both calibration in_words
