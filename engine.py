@@ -64,7 +64,7 @@ class Cache:
 
 def decoder_weights(model):
     """What decode needs, made once for many steps: products that share an input joined to one, LoRA merged, (in, out) as a product of few rows
-    reads fastest (half the time at 8 rows on a CPU), all in the compute dtype. A second copy of the blocks' matrices, for as long as it is held.
+    reads fastest on a CPU, all in the compute dtype. A second copy of the blocks' matrices, for as long as it is held.
     None for LoRA in low precision: merged and rounded, a small update would vanish."""
     def of(*layers):
         weights = [x.weight + x.scale * x.lora_B @ x.lora_A if isinstance(x, LoRALinear) and x.scale else x.weight for x in layers]

@@ -94,8 +94,8 @@ class LoRALinear(nn.Module):
 
 class CPUNorm(torch.autograd.Function):
     """weight * F.rms_norm(x), bit for bit, with a gradient of its own: x (..., D) and weight (D,) fp32. With y = x r, r = 1 / sqrt(mean x^2 + eps) and
-    h = weight * dL/dz: dL/dx = r (h - y mean(h y)), dL/dweight = sum dL/dz y. On CPUs torch takes RMSNorm and its gradient apart into some twenty passes
-    over memory, a fifth of a training step of `tiny`. Fused kernels exist for GPUs alone."""
+    h = weight * dL/dz: dL/dx = r (h - y mean(h y)), dL/dweight = sum dL/dz y. On CPUs torch takes RMSNorm and its gradient apart into many more passes
+    over memory (LOG.md has what it saves). Fused kernels exist for GPUs alone."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -154,14 +154,16 @@ def read_graded(folder, cfg, split):
     not right."""
     columns, outcomes, files = ([], [], []), Counter(), sorted(Path(folder).rglob("*.jsonl"))
     for file in files:
-        for line in read_jsonl(file):
+        for number, line in enumerate(read_jsonl(file), 1):
+            if missing := [key for key in ("outcome", "prompt", "prompt_ids", "ids", "mask", "messages") if key not in line]:
+                raise ValueError(f"{file}:{number}: no {missing[0]!r} in this graded answer")
             outcomes[line["outcome"]] += 1
             if line["outcome"] == Outcome.GRADER_ERROR:
                 continue
             chat, key = isinstance(line["prompt"], list), json.dumps(line["prompt"])
             prompt = line["prompt_ids"]
             if sum(line["mask"]) == 0:
-                raise ValueError(f"{file}: problem {line['problem']} sample {line['sample']} has no sampled token")
+                raise ValueError(f"{file}:{number}: an answer without a sampled token")
             item = confidence.Item(prompt + line["ids"], [0] * len(prompt) + line["mask"], chat, confidence.last_words(line["messages"]), key)
             for column, value in zip(columns, (item, int(line["outcome"] == Outcome.RIGHT), split or split_of(cfg.seed, key, cfg.fit_share, cfg.test_share))):
                 column.append(value)
@@ -238,6 +240,8 @@ def check_record(folder, start):
     record = checkpoint.read_json(Path(folder) / "record.json")
     if record.get("weights") != checkpoint.weights_hash(start):
         raise ValueError(f"{folder}: these answers are of other weights than {start}: a model is calibrated on its own answers")
+    if "in domain" not in record.get("sets", []):
+        raise ValueError(f"{folder}/record.json: expected sets, among them \"in domain\", found {record.get('sets')}")
     return record
 
 

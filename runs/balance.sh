@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The balance pass, the other meaning of "calibration tuning": after RL on one track, a short last SFT at less than a third of that stage's rate wins back
 # what the other track lost. Accepted if the chat score is back where it was before RL (within a standard error), and no logic score fell by more than
-# one, paired over problems. Two processes at a time; 6 minutes on 2 cores for 3 seeds after runs/parallel_rl.sh, whose models it starts from.
+# one, paired over problems. Two processes at a time; under 10 minutes on 2 cores for 3 seeds after runs/parallel_rl.sh, whose models it starts from.
 #     bash runs/balance.sh                              SEEDS="0 1 2" STEPS=60 bash runs/balance.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,7 +2,7 @@
 # Does the confidence of an RL-trained model mean what it says? Per seed: SFT on word problems in two languages and on instructions, RL on the English
 # ones, then calibration-tuning of that model's answers, tested on the same kinds of prompts, other wording, Korean, and a level left out. For RLCR, the
 # same model learns to state a confidence in words (SFT on random ones), then RL with the RLCR reward beside RL with plain grades at equal rollouts.
-# Two processes at a time; some 80 minutes on 2 cores for 5 and 3 seeds after runs/replay_sweep.sh, whose models it starts from (else it trains them).
+# Two processes at a time; some 80 minutes (an estimate) on 2 cores for 5 and 3 seeds after runs/replay_sweep.sh, whose models it starts from (else it trains them).
 #     bash runs/calibration.sh                          SEEDS="0 1 2 3 4" RLCR="0 1 2" bash runs/calibration.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
