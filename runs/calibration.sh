@@ -16,13 +16,6 @@ for seed in $SEEDS; do spawn mid_varied $seed; done
 join
 sweep=$root root=out/calibration
 
-run() {                                               # SCRIPT NAME FLAGS...
-    local script=$1 name=$2; shift 2
-    if ! tail -n 1 "$root/$name.log" 2>/dev/null | grep -q '"checkpoint"'; then
-        python $script --name=calibration/$name --overwrite "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
-    fi
-    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-200)"
-}
 rl="--data=logic=math_en,chat=chat_en --prompts_per_step=32 --track_mix=logic:1,chat:2 --num_steps=30 --lr=1e-3 --eval_every=1000 --eval_problems=150 --preflight=0"
 tested="--data=math_en,chat_en --num_prompts=400 --fit_share=.15 --test_share=.25 --num_resamples=1000"
 trained() {

@@ -2,14 +2,15 @@
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled
 if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 
-# train NAME FLAGS... : its output goes to $root/NAME.log
-train() {
-    local name=$1; shift
+# run SCRIPT NAME FLAGS... : its output goes to $root/NAME.log
+run() {
+    local script=$1 name=$2; shift 2
     if ! tail -n 1 "$root/$name.log" 2>/dev/null | grep -q '"checkpoint"'; then
-        python train_sft.py --name=${root#out/}/$name --overwrite "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
+        python $script --name=${root#out/}/$name --overwrite "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
     fi
-    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-110)"
+    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-300)"
 }
+train() { run train_sft.py "$@"; }
 # starts a job when fewer than two are running
 spawn() { while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done; "$@" & }
 join() { while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done; }

@@ -22,13 +22,6 @@ start() {
     train start_s$1 $shape --seed=$1 --init=$sweep/mid_varied_s$1 --data=toy/math_en,chat=$root/careless_s$1.jsonl --mix=math_en:.045,chat:.955 \
         --num_steps=240 --decay_share=.3
 }
-run() {                                               # SCRIPT NAME FLAGS...
-    local script=$1 name=$2; shift 2
-    if ! tail -n 1 "$root/$name.log" 2>/dev/null | grep -q '"checkpoint"'; then
-        python $script --name=parallel_rl/$name --overwrite "$@" > "$root/$name.log" 2>&1 || { tail -n 5 "$root/$name.log"; exit 1; }
-    fi
-    echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-300)"
-}
 rl() {                                                # NAME SEED FLAGS...
     local name=$1 seed=$2; shift 2
     run train_rl.py ${name}_s$seed --seed=$seed --init=$root/start_s$seed --lr=1e-3 --eval_every=1000 --eval_problems=200 --preflight=0 "$@"
