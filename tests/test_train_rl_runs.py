@@ -427,3 +427,16 @@ def test_bad_settings_and_files_are_refused(models):
     Path("prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [\n')
     with pytest.raises(ValueError, match="prompts.jsonl:2"):
         train_rl.main(Config(**settings(models)))
+
+
+def test_minibatches_hold_whole_groups(models, monkeypatch):
+    """Four updates on four prompts: each sees the answers to one prompt, so that what they share is computed once."""
+    seen, cut = [], train_rl.micro_batches
+
+    def recorded(lengths, size, unit=1, groups=None):
+        seen.append(sorted(groups))
+        return cut(lengths, size, unit, groups)
+    monkeypatch.setattr(train_rl, "micro_batches", recorded)
+    train_rl.main(Config(**settings(models, data="math_en", rewards="grader", num_prompts=16, num_steps=1, max_new_tokens=8, method="rloo", dynamic_sampling="off", num_minibatches=4, prompts_per_step=4, group_size=3)))
+    updates = [groups for groups in seen if len(groups) == 3]
+    assert sorted(updates) == [[i] * 3 for i in range(4)]
