@@ -3,10 +3,14 @@
     python chat.py --init=out/quickstart/sft
     python chat.py --init=out/quickstart/sft --prompt="Tom has 12 pens and buys 3 bags of 4 pens. How many pens?"
     python chat.py --rollouts=out/rl
+    python chat.py --init=out/asft --prompt="Toy Story (1995); Fargo (1996)"
 
 A calculator and Python (in the sandbox) are at hand: when the model calls one, the call and its result are shown and the model goes on.
 Commands: /new forgets the conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
 A checkpoint with a calibration.json (train_calibration.py) says how sure it is of each answer, and when it would rather not have given it.
+
+The checkpoint of a recommender (train_asft.py) is told a history, titles or ids with ; between them, the latest last, and shows what it recommends,
+before post-training and after.
 
 --rollouts pages through the rollouts.jsonl of a run (or all below a folder): prompt, turns, calls, results, reward and outcome.
 """
@@ -21,6 +25,7 @@ import torch
 
 import checkpoint
 import confidence
+import recommend
 from common import parse_config, random_key, setup_distributed
 from data import sandbox
 from data.calculator import TOOL, CalculatorError, calculate
@@ -113,6 +118,48 @@ def reply(model, tokenizer, prompt_ids, cfg, turn, calibrated=None, in_conversat
     return rollout.ids, text, p
 
 
+def recommendations(cfg, folder):
+    """Histories in, the ten best items out: from BC and after post-training, where the run's BC checkpoint is beside."""
+    model, catalogue = checkpoint.load_recommender(folder)
+    models = {"after": model}
+    if folder.name != "bc" and (folder.parent / "bc").exists():
+        models = {"before": checkpoint.load_recommender(folder.parent / "bc")[0], **models}
+    name = lambda item: (catalogue.titles[item - 1] if catalogue.titles else "") or catalogue.item_ids[item - 1]
+
+    def answer(line):
+        history = [recommend.find_item(catalogue, part) for part in line.split(";") if part.strip()]
+        if not history:
+            raise ValueError("an empty history: give titles or ids with ; between them")
+        found = {label: [(name(item), p) for item, p in zip(*recommend.suggest(m, history))] for label, m in models.items()}
+        width = max(len(title) for best in found.values() for title, _ in best)
+        print("after " + "; ".join(map(name, history)))
+        print("    " + "   ".join(f"{label:{width + 6}}" for label in found))
+        for place, line in enumerate(zip(*found.values()), 1):
+            print(f"{place:2}  " + "   ".join(f"{title:{width}} {p:5.3f}" for title, p in line), flush=True)
+        return {label: [title for title, _ in best] for label, best in found.items()}
+
+    if cfg.prompt:
+        found = answer(cfg.prompt)
+        print(json.dumps(dict(init=cfg.init, prompt=cfg.prompt, **found), ensure_ascii=False))
+        return found
+    print(f"{len(catalogue.item_ids):,} items. Titles or ids with ; between them, the latest last; /quit leaves")
+    turns = 0
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+        if line == "/quit":
+            break
+        turns += 1
+        try:
+            answer(line)
+        except ValueError as error:
+            print(error)
+    print(json.dumps(dict(init=cfg.init, turns=turns)))
+
+
 def main(cfg):
     if cfg.rollouts:
         return page(Path(cfg.rollouts))
@@ -120,6 +167,8 @@ def main(cfg):
     if not cfg.init:
         raise ValueError("--init is empty: name a checkpoint folder, e.g. --init=out/quickstart/sft")
     folder = checkpoint.newest(cfg.init)
+    if (folder / "catalogue.json").exists():
+        return recommendations(cfg, folder)
     model, tokenizer = checkpoint.load_hf(folder, device)
     calibrated = confidence.load(folder, model)
     if device.type == "cuda":

@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import write_atomically
-from model import ModelConfig, RopeScaling, Transformer, inverse_frequencies, merged_state_dict
+from model import ModelConfig, Recommender, RecommenderConfig, RopeScaling, Transformer, inverse_frequencies, merged_state_dict
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -76,6 +78,8 @@ def config_from_hf(hf, path="config.json"):
 
 def config_to_hf(c, tokenizer, dtype):
     """ModelConfig -> the dict of a config.json that transformers 4 and 5 read alike."""
+    if isinstance(c, RecommenderConfig):
+        return dict(architectures=["Recommender"], **asdict(c))
     stop_id = tokenizer.end_of_text_id if tokenizer.end_of_turn_id is None else tokenizer.end_of_turn_id
     architecture = "Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
     if c.qk_norm and c.qkv_bias:
@@ -138,6 +142,20 @@ def load_hf(path, device="cpu", dtype=torch.float32):
     files = {n: f for n, f in weight_files(path).items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         files.pop("lm_head.weight", None)                       # some exporters write the tied table twice
+    handles = checked(path, files, model)
+    tokenizer = Tokenizer.from_file(path)                       # before the long copy: it may be what is wrong
+    model = model.to_empty(device=device).to(dtype)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty makes one parameter per name, which unties them
+    model.inv_freq = inverse_frequencies(config).to(device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(handles[files[name]].get_tensor(name))
+    return model, tokenizer
+
+
+def checked(path, files, model):
+    """files {tensor name: file} against the model's names and shapes -> {file: open file}."""
     wanted = {name: p.shape for name, p in model.named_parameters()}
     for what, names in (("missing", wanted.keys() - files.keys()), ("unexpected", files.keys() - wanted.keys())):
         if names:
@@ -150,15 +168,43 @@ def load_hf(path, device="cpu", dtype=torch.float32):
         found = handles[files[name]].get_slice(name).get_shape()
         if list(shape) != list(found):
             raise ValueError(f"{files[name]}: {name} has shape {list(found)}, expected {list(shape)} from config.json")
-    tokenizer = Tokenizer.from_file(path)                       # before the long copy: it may be what is wrong
-    model = model.to_empty(device=device).to(dtype)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty makes one parameter per name, which unties them
-    model.inv_freq = inverse_frequencies(config).to(device)
+    return handles
+
+
+class Catalogue(NamedTuple):
+    """What a recommender's items are, in the place where a language model has its tokenizer."""
+    item_ids: list          # raw id of item i at i - 1
+    titles: list            # title of item i at i - 1; [] where none are known
+
+    def save(self, path):
+        write_atomically(Path(path) / "catalogue.json", json.dumps(self._asdict(), ensure_ascii=False) + "\n")
+
+
+def load_recommender(path, device="cpu"):
+    """-> (Recommender in fp32, Catalogue) from a folder that save or save_hf wrote. ValueError: another kind of model, a damaged file."""
+    path = Path(path)
+    if not (path / "config.json").exists() or not (path / "catalogue.json").exists():
+        raise ValueError(f"{path}: no config.json and catalogue.json there; expected the checkpoint of a recommender (out/<name>/step_..., out/<name>/bc)")
+    verify(path)
+    settings = read_json(path / "config.json")
+    if settings.pop("architectures", None) != ["Recommender"]:
+        raise ValueError(f"{path}: holds another kind of model than a recommender")
+    try:
+        config = RecommenderConfig(**settings)
+    except TypeError as e:
+        raise ValueError(f"{path}/config.json: {e}") from None
+    catalogue = read_json(path / "catalogue.json")
+    if catalogue.keys() != set(Catalogue._fields) or len(catalogue["item_ids"]) != config.num_items:
+        raise ValueError(f"{path}/catalogue.json: expected item_ids and titles of {config.num_items} items")
+    with torch.device("meta"):
+        model = Recommender(config)
+    files = weight_files(path)
+    handles = checked(path, files, model)
+    model = model.to_empty(device=device)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(handles[files[name]].get_tensor(name))
-    return model, tokenizer
+    return model, Catalogue(**catalogue)
 
 
 def save_hf(model, tokenizer, path):
@@ -240,7 +286,8 @@ def save(out_dir, step, model, tokenizer, optimizers, *, state, config, rank=0, 
     """Writes out_dir/step_NNNNNN. All ranks call it. Raises OSError on every rank when any rank cannot write; what was there before stays.
 
     state: plain values that continue the run (data position, counters). config: the flags, for the record. extra: {name: tensor} beside
-    the model, e.g. a target network. model: the Transformer itself, not its DDP wrapper.
+    the model, e.g. a target network. model: the Transformer or Recommender itself, not its DDP wrapper; a Recommender's Catalogue stands in the
+    tokenizer's place.
     """
     final = Path(out_dir) / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")

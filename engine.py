@@ -76,13 +76,14 @@ def decoder_weights(model):
     for block in model.model.layers:
         a, mlp = block.self_attn, block.mlp
         norms = [a.q_norm.weight.expand(model.config.num_heads, -1), a.k_norm.weight.expand(model.config.num_kv_heads, -1)] if model.config.qk_norm else []
-        blocks.append((of(a.q_proj, a.k_proj, a.v_proj), torch.cat(norms) if norms else None, of(a.o_proj), of(mlp.gate_proj, mlp.up_proj), of(mlp.down_proj)))
+        blocks.append((block.input_layernorm.weight, of(a.q_proj, a.k_proj, a.v_proj), torch.cat(norms) if norms else None, of(a.o_proj),
+                       block.post_attention_layernorm.weight, of(mlp.gate_proj, mlp.up_proj), of(mlp.down_proj)))
     return blocks
 
 
 def decode(model, weights, cache, new_ids, lengths):
     """extend for one id in each of the first B rows: Transformer.forward in half the calls, since a step of a small batch is all overhead.
-    weights: decoder_weights(model). -> logits (B,V) fp32"""
+    weights: decoder_weights(model). Has no gradient. -> logits (B,V) fp32"""
     c, B, device = model.config, len(new_ids), model.lm_head.weight.device
     H, Hkv, eps = c.num_heads, c.num_kv_heads, c.norm_eps
     ids, positions = torch.tensor(new_ids, device=device), torch.tensor(lengths, device=device).clamp(max=cache.k.shape[3] - 1)
@@ -92,21 +93,21 @@ def decode(model, weights, cache, new_ids, lengths):
     product = lambda x, weight, bias: x @ weight if bias is None else torch.addmm(bias, x, weight)
     at = ((torch.arange(B, device=device)[:, None] * Hkv + torch.arange(Hkv, device=device)) * cache.k.shape[3] + positions[:, None]).flatten()
     x = model.model.embed_tokens(ids).to(model.compute_dtype)
-    for i, (block, (qkv, norm, o, gate_up, down)) in enumerate(zip(model.model.layers, weights)):
-        qk, v = product(block.input_layernorm(x), *qkv).view(B, H + 2 * Hkv, c.head_dim).split([H + Hkv, Hkv], dim=1)
-        qk = rotate(qk if norm is None else rms_norm(qk, norm, eps), cos, sin)
-        for all_rows, new in ((cache.k[i], qk[:, H:]), (cache.v[i], v)):
+    for (norm, qkv, qk_norm, o, mlp_norm, gate_up, down), all_k, all_v in zip(weights, cache.k, cache.v):
+        qk, v = product(rms_norm(x, norm, eps), *qkv).view(B, H + 2 * Hkv, c.head_dim).split([H + Hkv, Hkv], dim=1)
+        qk = rotate(qk if qk_norm is None else rms_norm(qk, qk_norm, eps), cos, sin)
+        for all_rows, new in ((all_k, qk[:, H:]), (all_v, v)):
             all_rows.view(-1, c.head_dim).index_copy_(0, at, new.reshape(-1, c.head_dim))
-        k, v = cache.k[i][:B, :, :cache.used], cache.v[i][:B, :, :cache.used]                               # (B, Hkv, keys, K)
+        k, v = all_k[:B, :, :cache.used], all_v[:B, :, :cache.used]                                         # (B, Hkv, keys, K)
         q = qk[:, :H].reshape(B, Hkv, H // Hkv, c.head_dim)                                                 # heads of one key are rows of one product
         if q.is_cuda or B * H < MANY_ROWS:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            scores = q * c.head_dim ** -0.5 @ k.mT
-            y = (scores if mask is None else scores + mask).softmax(-1) @ v
+            scores = (q * c.head_dim ** -0.5) @ k.mT
+            y = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
         x = x + product(y.reshape(B, -1), *o)
-        gate, up = product(block.post_attention_layernorm(x), *gate_up).chunk(2, dim=-1)
-        x = x + product(F.silu(gate) * up, *down)
+        gate, up = product(rms_norm(x, mlp_norm, eps), *gate_up).chunk(2, dim=-1)
+        x = x + product(F.silu(gate).mul_(up), *down)
     return head_logits(model.model.norm(x), model.lm_head.weight)
 
 
@@ -145,12 +146,12 @@ def head_logits(hidden, weight):
 def uniform(keys, positions):
     """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,) on the CPU. The same bits for every device."""
     def mix(x):                                                    # products wrap
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-    golden = np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return x ^ (x >> 31)
+    golden = 0x9E3779B97F4A7C15
     keys, positions = (x.numpy().view(np.uint64) for x in (keys, positions))
-    return torch.from_numpy((mix(mix(keys + positions * golden) + golden) >> np.uint64(11)) * 2.0 ** -53)
+    return torch.from_numpy((mix(mix(keys + positions * golden) + golden) >> 11) * 2.0 ** -53)
 
 
 def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
@@ -170,10 +171,10 @@ def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
         beyond = ordered.cumsum(-1) - ordered >= top_p             # tokens before which the mass was already there
         probs = probs.masked_fill(beyond.gather(1, order.argsort(-1)), 0.0)
     running = probs.cumsum(-1)
-    total = running[:, -1]
-    below = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))           # rounding may leave u at the very end, past all mass
-    token = torch.searchsorted(running, below[:, None], right=True)[:, 0].clamp(max=probs.shape[1] - 1)       # only for nan, which training refuses
-    return token, logps.gather(1, token[:, None])[:, 0]
+    total = running[:, -1:]
+    below = torch.minimum(u[:, None] * total, total.nextafter(total.new_zeros(())))      # rounding may leave u at the very end, past all mass
+    token = torch.searchsorted(running, below, right=True).clamp(max=probs.shape[1] - 1)                      # only for nan, which training refuses
+    return token[:, 0], logps.gather(1, token)[:, 0]
 
 
 # -----------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
     def take(slots, logits):
         """Samples one token for each slot; -> {slot: ids to append next}. Slots that finish are freed."""
         where = torch.tensor([len(rollouts[running[s][0]][running[s][1]].ids) for s in slots])
-        u = uniform(keys[torch.tensor(slots)], where).to(device)
+        u = uniform(keys.index_select(0, torch.tensor(slots)), where).to(device)
         tokens, logps = (x.tolist() for x in sample(logits, u, temperature, top_p, tokenizer.vocab_size))
         append = {}
         for slot, token, logp in zip(slots, tokens, logps):
@@ -338,5 +339,5 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             for s in slots:
                 running[s][2] += 1
                 del pending[s]
-            pending |= take(slots, logits[slots])
+            pending |= take(slots, logits if len(slots) == len(rows) else logits[slots])
     return rollouts

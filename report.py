@@ -11,6 +11,7 @@ from pathlib import Path
 import eval as evaluation
 from calibration import save_figure
 from common import parse_config, read_jsonl, write_atomically
+from recommend import markdown
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,17 @@ def confidence_table(calibrated, in_words):
     return "\n".join(lines)
 
 
+def recommender_table(root):
+    """Selected settings in both worlds: what judges believe, what is true, and where the target of the log ranks."""
+    rows = []
+    for name, world in (("asft", "rewards with noise"), ("asft_bias", "and bait followed by autoplay")):
+        run = json.loads((root / name / "results.json").read_text())
+        for method, found in {"BC, before": run["before"], **run["after"]}.items():
+            test = found["test"]
+            rows.append([world, method, *(f"{test[key]:.3f}" for key in ("true_value", "judge", "reward_model", "bait", "high_ndcg@10", "ndcg@10", "kl"))])
+    return markdown(["world", "method", "true value", "judges say", "reward model says", "bait", "NDCG@10, high rewards", "NDCG@10", "KL to BC"], rows)
+
+
 def cell(text):
     text = text.replace("|", "\\|").replace("\n", " ⏎ ")
     return f"`{text[:110]}{'…' if len(text) > 110 else ''}`"
@@ -244,6 +256,20 @@ constant has 0 and .5.
 
 All methods with intervals: `{root}/calibration/report.md`
 
+## Recommenders
+
+Another model: HSTU, cloned from a log of who took what (BC), then moved towards what satisfies by advantage-weighted SFT and its rivals, from one noisy reward
+per event. The worlds are synthetic, so the true value of each policy is known. `exact` is the strongest optimiser of the reward model. In the second world
+satisfaction with bait is recorded too high, which judges with data of their own cannot see. Settings are selected on validation, by rank.
+
+{recommender_table(root)}
+
+![what is believed and what is true against the distance from BC](asft/frontier.png)
+
+![the same where all observers are wrong in one way](asft_bias/frontier.png)
+
+The whole comparison: `{root}/asft/report.md`. Ask it: `.venv/bin/python chat.py --init={root}/asft`
+
 ## Runs
 
 | stage | steps | data | seconds of training |
@@ -253,7 +279,8 @@ All methods with intervals: `{root}/calibration/report.md`
 Talk to the model: `.venv/bin/python chat.py --init={root}/calibration`
 """
     write_atomically(root / "report.md", text)
-    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl), confidence_table(calibrated, in_words)]))
+    print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl), confidence_table(calibrated, in_words),
+                       recommender_table(root)]))
     print(json.dumps(dict(report=str(root / "report.md"), picture=str(root / "report.png"))))
 
 

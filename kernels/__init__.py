@@ -8,13 +8,17 @@ import torch
 
 from kernels import reference
 from kernels.gae import gae as _gae
+from kernels.hstu import hstu_attention as _hstu_attention
+from kernels.hstu import time_buckets as _time_buckets
 from kernels.linear_logprob import LogProb
 from kernels.linear_logprob import linear_logprob as _linear_logprob
 
-__all__ = ["LogProb", "gae", "linear_logprob"]
+__all__ = ["LogProb", "gae", "hstu_attention", "linear_logprob", "time_buckets"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_MAX_CHUNK = 16384
+HSTU_MAX_SHORT = 512  # up to this T "auto" takes torch on CUDA as well; where the two paths cross has not been measured
+HSTU_MAX_HEAD = 128   # a (64, 128) tile of queries, keys or values; wider heads would not fit in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -65,6 +69,50 @@ def gae(rewards, values, dones, gamma, lam):
         raise ValueError(f"gamma, lam: expected within [0, 1], found {gamma}, {lam}")
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     return _gae(rewards.to(dtype), values.to(dtype), dones, gamma, lam)
+
+
+def hstu_attention(q, k, v, lengths, position_bias=None, time_bias=None, timestamps=None, *, buckets=None, backend="auto"):
+    """Attention of HSTU (arXiv 2402.17152, eq. 3): SiLU in place of the softmax, with biases by position and by time.
+
+        out_i = sum_{j <= i} silu(q_i . k_j + position_bias[i - j + N - 1] + time_bias[bucket(t_{i+1} - t_j)]) v_j
+        bucket(d) = clamp(floor(ln(max(|d|, 1)) / 0.301), 0, 128)
+
+    The plain sum, (B, T, H, dv) in q's dtype, and 0 at i >= length: the caller divides by its constant maximum length (never by
+    the batch's), and folds a 1/sqrt(dqk), if it wants one, into q. Differentiable in q, k, v and both tables.
+
+    q, k           (B, T, H, dqk) bf16, fp16, fp32 or fp64; computed and summed in fp32 (fp64 for fp64). Rows are left-aligned:
+    v              (B, T, H, dv)  what stands beyond a row's length may be anything, nan included, and gets gradient 0
+    lengths        (B,) int32 or int64, 0 to T
+    position_bias  (2N - 1,) with N >= T, shared by heads, in q's dtype or fp32. Entries below N - 1 are never read (j <= i)
+    time_bias      (129,) likewise; needs timestamps
+    timestamps     (B, T) int64, in any unit. Position i reads t_{i+1}, the time at which item i+1 was asked for; the last
+                   column is repeated, so make T at least the longest length + 1
+    buckets        time_buckets(timestamps), if a stack of layers made it once; without it every layer makes its own
+    backend        "auto", "triton", "torch" or "reference"; "auto" is triton for CUDA with T > 512, else torch
+    """
+    _check_hstu_attention(q, k, v, lengths, position_bias, time_bias, timestamps, buckets)
+    path = _pick(backend, q)
+    if path == "reference":
+        return reference.hstu_attention(q, k, v, lengths, position_bias, time_bias, timestamps)
+    if path == "triton" and backend == "auto" and (q.shape[1] <= HSTU_MAX_SHORT or max(q.shape[3], v.shape[3]) > HSTU_MAX_HEAD):
+        path = "torch"
+    if path == "triton" and max(q.shape[3], v.shape[3]) > HSTU_MAX_HEAD:
+        raise ValueError(f"backend='triton': expected heads of at most {HSTU_MAX_HEAD}, found dqk {q.shape[3]}, dv {v.shape[3]}; "
+                         "use backend='torch'")
+    return _hstu_attention(q, k, v, lengths, position_bias, time_bias, timestamps, buckets, use_triton=path == "triton")
+
+
+def time_buckets(timestamps):
+    """(B, T, T) uint8: bucket(t_{i+1} - t_j) at [b, i, j <= i], and anything above the diagonal. For hstu_attention's `buckets`:
+    make it once per batch, not once per layer. None for CUDA with T > 512, where the kernels make buckets tile by tile.
+
+    timestamps  (B, T) int64
+    """
+    if timestamps.ndim != 2 or timestamps.dtype != torch.int64:
+        raise ValueError(f"timestamps: expected int64 of shape (B, T), found {timestamps.dtype} of {tuple(timestamps.shape)}")
+    if timestamps.is_cuda and timestamps.shape[1] > HSTU_MAX_SHORT and _has_triton():
+        return None
+    return _time_buckets(timestamps)
 
 
 def _pick(backend, x):
@@ -127,3 +175,40 @@ def _check_linear_logprob(hidden, weight, targets, bias, temperature, softcap, i
             row = int(wrong.nonzero()[0])
             raise ValueError(f"targets[{row}]: expected 0 to {len(weight) - 1}, or ignore_index={ignore_index}, "
                              f"found {targets[row]}")
+
+
+def _check_hstu_attention(q, k, v, lengths, position_bias, time_bias, timestamps, buckets):
+    if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[3] == 0 or v.shape[3] == 0:
+        raise ValueError(f"expected q, k (B, T, H, dqk) and v (B, T, H, dv), found {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    B, T = q.shape[:2]
+    tensors = {"k": k, "v": v, "lengths": lengths, "position_bias": position_bias, "time_bias": time_bias, "timestamps": timestamps,
+               "buckets": buckets}
+    for name, x in tensors.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} like q, found on {x.device}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"expected q, k, v of one dtype of {', '.join(map(str, DTYPES))}, found {q.dtype}, {k.dtype}, {v.dtype}")
+    if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths: expected int32 or int64 of shape ({B},), found {lengths.dtype} of {tuple(lengths.shape)}")
+    for name, x in (("position_bias", position_bias), ("time_bias", time_bias)):
+        if x is not None and x.dtype not in (q.dtype, torch.float32):
+            raise ValueError(f"{name}: expected {q.dtype} like q, or torch.float32, found {x.dtype}")
+    if position_bias is not None and (position_bias.ndim != 1 or len(position_bias) % 2 == 0):
+        raise ValueError(f"position_bias: expected shape (2N - 1,), found {tuple(position_bias.shape)}")
+    if position_bias is not None and len(position_bias) < 2 * T - 1:
+        raise ValueError(f"position_bias: expected at least 2T - 1 = {2 * T - 1} entries for T={T}, found {len(position_bias)}: cut the "
+                         "rows, or build the model for longer ones")
+    if time_bias is not None and time_bias.shape != (129,):
+        raise ValueError(f"time_bias: expected shape (129,), found {tuple(time_bias.shape)}")
+    if (time_bias is None) != (timestamps is None):
+        given, missing = ("timestamps", "time_bias") if time_bias is None else ("time_bias", "timestamps")
+        raise ValueError(f"{given} was given without {missing}: pass both or neither")
+    if timestamps is not None and (timestamps.shape != (B, T) or timestamps.dtype != torch.int64):
+        raise ValueError(f"timestamps: expected int64 of shape ({B}, {T}), found {timestamps.dtype} of {tuple(timestamps.shape)}")
+    if buckets is not None and (timestamps is None or buckets.shape != (B, T, T) or buckets.dtype != torch.uint8):
+        raise ValueError(f"buckets: expected time_buckets(timestamps), uint8 of shape ({B}, {T}, {T}), beside timestamps, found "
+                         f"{buckets.dtype} of {tuple(buckets.shape)}")
+    if not lengths.is_cuda and B > 0:  # a look at the values would stall a GPU
+        low, high = lengths.aminmax()
+        if low.item() < 0 or high.item() > T:
+            raise ValueError(f"lengths: expected 0 to T={T}, found {low.item()} to {high.item()}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe at toy size, on a CPU: base -> mid-training with and without replay -> SFT -> rejection sampling -> RL on two tracks, merged ->
-# calibration -> out/quickstart/report.md.
+# calibration; and a recommender, from its log to advantage-weighted SFT -> out/quickstart/report.md.
 # No network, no GPU, no login. Independent stages run side by side, one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -71,5 +71,13 @@ in_words() {
 }
 both calibration in_words
 
+say "a recommender in two synthetic worlds: BC on the log, then A-SFT and rivals; in the second world all reward models are wrong in one way (two minutes)"
+asft() { local name=$1; shift; logged "$root/$name.log" python train_asft.py --name=quickstart/$name --num_users=1500 --pretrain_steps=400 --judge_steps=150 --judges=2 \
+    --num_steps=100 --batch_size=32 --eval_every=25 "$@"; }
+asft_fair() { asft asft --method=asft,reward_bc,bc,exact; }
+asft_bias() { asft asft_bias --method=asft,reward_bc,bc,exact --autoplay=.95; }
+both asft_fair asft_bias
+
 python report.py --root=$root
 say "done: $root/report.md, $root/report.png. Talk to it:  .venv/bin/python chat.py --init=$root/calibration"
+echo "Or ask the recommender:  .venv/bin/python chat.py --init=$root/asft --prompt='drama 010; comedy 003'"

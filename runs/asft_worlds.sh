@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A-SFT and its rivals in synthetic worlds whose true policy values are known: tables, intervals and the phase map, in out/asft/. Can be stopped and
+# started again: what has finished is skipped. Two jobs at a time; some two hours on two cores.
+#   noise   rewards so noisy that the reward model is no better than the mean of each item
+#   bias    bait is followed by autoplay: all observers see satisfaction there, and there is none
+#   map     noise of the rewards x share of users whose rewards are read: which method wins at which quality of the reward model
+# SEEDS="0 1 2" bash runs/asft_worlds.sh runs fewer seeds; WORLDS="noise" only some of the three.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=out/asft
+mkdir -p "$root"
+. runs/jobs.sh
+
+small="--num_users=1000 --pretrain_steps=400 --judge_steps=200 --judges=2 --num_steps=100 --batch_size=32 --eval_every=50"
+world() { local name=$1 seed=$2; shift 2; run train_asft.py ${name}_s$seed --seed=$seed $small "$@"; }
+main="asft,bc,reward_bc,exp_rsft,awr,cql,dpo,ppo,exact,tilt"
+for kind in ${WORLDS:-noise bias map}; do
+    case $kind in
+    noise) for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn world noise $s --noise=4 --method=$main --trials=4; done ;;
+    bias)  for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn world bias $s --autoplay=.95 --method=$main --trials=2; done ;;
+    map)   for s in ${MAP_SEEDS:-0 1 2}; do for noise in 0 1 2 4; do for share in 1 .1; do
+               spawn world map_n${noise}_r$share $s --noise=$noise --reward_share=$share --method=$main --trials=2; done; done; done ;;
+    esac
+done
+join
+python runs/asft_tables.py "$root"
