@@ -69,7 +69,7 @@ class Config:
     header: int = -1                 # csv: lines of header, 0 or 1; auto: 1 where a column is given by name
     time_unit: Literal["", "s", "ms"] = ""              # of col_time; empty: the preset's, csv: s
     ties: Literal["row", "shuffle"] = "row"             # order of events at one time: as in the file, or by the seed
-    dedup: Literal["first", "last", "none"] = "none"    # which of a user's events with one item stays
+    dedup: Literal["first", "last", "none"] = "first"   # which of a user's events with one item stays
     missing_time: Literal["stop", "drop"] = "stop"      # an event without a time
     min_user: int = 0                # users with fewer events are left out
     min_item: int = 0                # items with fewer events are left out
