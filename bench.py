@@ -5,6 +5,8 @@
     python bench.py grpo        rollout, reward and update beside TRL's GRPOTrainer: same checkpoint, prompts, rewards and lengths of responses
     python bench.py ppo         the same beside the PPOTrainer of trl 1.12.0, the last that had it: pip install --no-deps
                                 --target=out/peers/trl-1.12.0 trl==1.12.0 puts it where this group looks
+    python bench.py recsys      a training epoch and a full-catalogue evaluation of SASRec beside plain PyTorch and RecBole 1.2.1, which
+                                requirements-peers.txt says how to put where this group looks
     python bench.py head        linear_logprob beside full logits in plain torch
     python bench.py sandbox     a program in the box beside a bare interpreter that does nothing
     python bench.py             all groups
@@ -28,19 +30,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import engine
+import ranking
+import recommend
 import rollouts
+import train_asft
 import train_dpo
 import train_rl
 import train_sft
 from common import parse_config, read_jsonl, write_atomically
-from data import open_sources, rewards, sandbox, toy
+from data import interactions, open_sources, rewards, sandbox, toy
 from data.grading import Outcome
 from data.packing import Loader, shuffled
 from kernels import linear_logprob
-from model import Transformer, config_for_size
+from model import Recommender, Transformer, clip_grad_norm, config_for_size, make_optimizers
 from tokenizer import Tokenizer
 
 
@@ -548,6 +554,316 @@ def bench_ppo(cfg):
 
 
 # -----------------------------------------------------------------------------
+# recsys: SASRec in its published shape for MovieLens-1M (width 50, 2 blocks, 1 head) on a log with about that many users and items and a fifth of its
+# events, so that no history is cut by any side and all sides have the same decisions. Loss: cross-entropy over the catalogue. A step is 64 users in
+# temper and plain PyTorch, which read a history once for all of its decisions, and 2,048 decisions (as many, its default) in RecBole, which reads
+# the history anew for each: so times are per trained decision, and an epoch is that times the epoch's decisions. Dropout is off in the warm-up, in
+# which the losses from equal weights are compared, and on in the timed steps. Building a batch is part of a step, by all
+
+REC_USERS, REC_ITEMS, REC_EVENTS, REC_LENGTH = 6040, 4000, (20, 51), 50     # a test history: at most 50 events
+REC_BATCH, REC_LR, REC_EVALS = 64, 1e-3, 2
+REC_METHODS = ("temper sasrec", "temper hstu", "torch sasrec", "recbole sasrec")
+REC_PEER = Path(__file__).parent / "out/peers/recbole"
+
+
+def write_log(path):
+    """An .inter file, which temper and RecBole both read. The items of a user are drawn without replacement from softmax(popularity + taste): the
+    largest of logits + Gumbel noise, in order. Times are multiples of 1,024 s, which fp32 (RecBole's times) holds."""
+    rng = np.random.default_rng(0)
+    taste, popularity = rng.normal(size=(8, REC_ITEMS)), 1.2 * rng.normal(size=REC_ITEMS)
+    path.parent.mkdir()
+    with open(path, "w") as f:
+        f.write("user_id:token\titem_id:token\trating:float\ttimestamp:float\n")
+        for user in range(REC_USERS):                           # one at a time: a worker's memory is counted from this process's peak
+            logits = 0.7 * rng.normal(size=8) @ taste + popularity + rng.gumbel(size=REC_ITEMS)
+            items = 1 + np.argsort(-logits)[:rng.integers(REC_EVENTS[0], REC_EVENTS[1] + 1)]
+            times = 1024 * (1_500_000_000 // 1024 + rng.geometric(0.02, len(items)).cumsum())
+            f.writelines(f"{user}\t{item}\t{1 + (user + item) % 5}\t{time}\n" for item, time in zip(items, times))
+
+
+class PlainSASRec(torch.nn.Module):
+    """SASRec as public PyTorch code has it: histories padded on the left to the longest allowed, nn.MultiheadAttention, all logits at once. The
+    published dot product is a cosine over a temperature here, as in temper."""
+
+    def __init__(self, c):
+        super().__init__()
+        D, p = c.hidden_size, c.dropout
+        self.temperature, self.scale, self.dropout = c.temperature, D ** 0.5, torch.nn.Dropout(p)
+        self.items, self.positions = torch.nn.Embedding(c.num_items + 1, D, padding_idx=0), torch.nn.Embedding(c.max_length + 1, D)
+        each = lambda make: torch.nn.ModuleList(make() for _ in range(c.num_layers))
+        self.attention_norms, self.norms = (each(lambda: torch.nn.LayerNorm(D, eps=1e-8)) for _ in range(2))
+        self.attentions = each(lambda: torch.nn.MultiheadAttention(D, c.num_heads, dropout=p, batch_first=True))
+        self.feeds = each(lambda: torch.nn.Sequential(torch.nn.Linear(D, c.intermediate_size), torch.nn.ReLU(), torch.nn.Dropout(p),
+                                                      torch.nn.Linear(c.intermediate_size, D), torch.nn.Dropout(p)))
+
+    @torch.no_grad()
+    def copy_weights(self, model):
+        self.items.weight.copy_(model.items.weight), self.positions.weight.copy_(model.positions)
+        for i, theirs in enumerate(model.layers):
+            self.attentions[i].in_proj_weight.copy_(torch.cat([theirs.q.weight, theirs.k.weight, theirs.v.weight]))
+            self.attentions[i].in_proj_bias.copy_(torch.cat([theirs.q.bias, theirs.k.bias, theirs.v.bias]))
+            pairs = (self.attentions[i].out_proj, theirs.o), (self.feeds[i][0], theirs.up), (self.feeds[i][3], theirs.down), \
+                (self.attention_norms[i], theirs.attention_norm), (self.norms[i], theirs.norm)
+            for own, their in pairs:
+                own.weight.copy_(their.weight), own.bias.copy_(their.bias)
+        return self
+
+    def forward(self, ids):
+        """ids (B, T), 0 to the left of a history -> (B, T, D)."""
+        empty = ids == 0
+        x = self.items(ids) * self.scale + self.positions((~empty).cumsum(1).sub(1).clamp(min=0))
+        x = self.dropout(x) * ~empty[..., None]
+        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        for attention_norm, attention, norm, feed in zip(self.attention_norms, self.attentions, self.norms, self.feeds):
+            q = attention_norm(x)
+            x = norm(q + attention(q, x, x, attn_mask=later, key_padding_mask=empty, need_weights=False)[0])
+            x = x + feed(x)
+        return x
+
+    def logits(self, hidden):
+        return F.normalize(hidden, dim=-1, eps=1e-6) @ F.normalize(self.items.weight[1:], dim=-1, eps=1e-6).t() / self.temperature
+
+    @torch.no_grad()
+    def evaluate(self, histories, targets):
+        """histories (n, T), targets (n,) -> {"hr@10", "ndcg@10"} over the whole catalogue but for the history."""
+        self.eval()
+        hits = []
+        for ids, target in zip(histories.split(256), targets.split(256)):
+            scores = self.logits(self(ids)[:, -1])
+            user, place = ids.nonzero(as_tuple=True)
+            scores[user, ids[user, place] - 1] = -torch.inf
+            hits.append(scores.topk(10).indices + 1 == target[:, None])
+        hits = torch.cat(hits).double()
+        return {"hr@10": float(hits.sum(1).mean()), "ndcg@10": float((hits / torch.arange(2, 12).log2()).sum(1).mean())}
+
+
+def rec_steps(model, optimizers, loss_of, cfg):
+    """loss_of(i) -> (loss, number of decisions) of step i. -> {"losses", "decisions", "seconds": [wall, CPU] of each step}."""
+    losses, decisions, seconds = [], [], []
+    for i in range(cfg.warmup + cfg.steps):
+        model.train(i >= cfg.warmup)
+        start = Clock.now()
+        loss, num = loss_of(i)
+        loss.backward()
+        clip_grad_norm(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds.append((Clock.now() - start).tolist())
+        decisions.append(num)
+    return dict(losses=losses, decisions=decisions, seconds=seconds)
+
+
+def rec_evaluations(evaluate):
+    """evaluate() -> metrics of the test targets. -> {"metrics", "evaluations": [wall, CPU] of each}."""
+    seconds = []
+    for _ in range(REC_EVALS):
+        start = Clock.now()
+        metrics = evaluate()
+        seconds.append((Clock.now() - start).tolist())
+    return dict(metrics={k: metrics[k] for k in ("hr@10", "ndcg@10")}, evaluations=seconds)
+
+
+def rec_facts(lengths, targets, test_lengths, test_targets):
+    """What all sides must agree on: of the training decisions and of the test targets the number, the events read before them, the sum of raw ids."""
+    return [[len(a), int(sum(a)), int(sum(b))] for a, b in ((lengths, targets), (test_lengths, test_targets))]
+
+
+def recsys_worker(method, folder, cfg):
+    """-> what rec_steps and rec_evaluations say, "facts", "memory_mb", and "gaps" of what must be equal."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = lambda: dict(memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    if method == "recbole sasrec":
+        return recbole_sasrec(folder, cfg) | memory()
+    name, backbone = method.split()
+    run = train_asft.Config(data=f"csv:{folder}/log/log.inter", sep="tab", col_user="0", col_item="1", col_reward="2", col_time="3", header=1, judges=0,
+                            size="ml-1m", backbone=backbone, max_length=REC_LENGTH, policy_users=REC_USERS, method="bc")
+    world = train_asft.open_world(run)
+    world.targets.pop("val")
+    rows, test, cpu = world.rows, world.targets["test"], torch.device("cpu")
+    raw = np.array([int(x) for x in world.catalogue.item_ids])
+    events = np.concatenate([np.arange(first, end) for _, end, first in rows])
+    lengths = events - np.repeat(rows[:, 0], rows[:, 1] - rows[:, 2])
+    result = dict(items=len(raw), facts=rec_facts(lengths, raw[world.log.item[events] - 1],
+                                                  test[:, 1] - 1 - test[:, 0], raw[world.log.item[test[:, 1] - 1] - 1]))
+    chosen = lambda i: shuffled(np.arange(i * REC_BATCH, (i + 1) * REC_BATCH), len(rows), 0, "recsys")
+    model = Recommender(train_asft.new_model(run, world)).init_weights(0)
+    for head in (model.reward, model.value):                                # not trained here, nor by any peer
+        head.requires_grad_(False)
+    if name != "temper":
+        return result | plain_sasrec(model, world, chosen, cfg, name == "compare") | memory()
+
+    weights = torch.ones(len(world.reward))
+
+    def loss_of(i):                                                         # as in train_asft.train, of --method=bc
+        places = chosen(i)
+        places = places[np.argsort(rows[places, 0] - rows[places, 1], kind="stable")]
+        num = int((rows[places, 1] - rows[places, 2]).sum())
+        batch = interactions.batch(world.log, world.reward, rows, places)
+        hidden = model(*recommend.context(world, batch, cpu))
+        f = train_asft.facts(run, world, batch, hidden, weights, None, None)
+        return train_asft.post_loss(run, model, None, None, f, num, num)[0], num
+
+    result |= rec_steps(model, make_optimizers(model, REC_LR, betas=(0.9, 0.98)), loss_of, cfg)
+    result |= rec_evaluations(lambda: recommend.evaluate(model, world, None, cpu)["test"][0]) | memory()
+    if method == "temper hstu":                                             # and what a run looks at: KL to BC and the reward model's value, exactly
+        tables = recommend.tables_of(model, [], world, cpu)
+        result["with_tables"] = rec_evaluations(lambda: recommend.evaluate(model, world, tables, cpu)["test"][0])["evaluations"]
+    return result
+
+
+def plain_sasrec(model, world, chosen, cfg, compare):
+    """model: temper's, whose weights it starts from. compare: also its evaluation with temper's, before and after the steps."""
+    log, test, peer = world.log, world.targets["test"], PlainSASRec(model.config).copy_weights(model)
+
+    def padded(rows):                                                       # once, before the first step -> inputs and targets (R, T)
+        table = np.zeros((len(rows), REC_LENGTH + 1), np.int64)
+        for row, (start, end, _) in zip(table, rows):
+            row[len(row) - (end - start):] = log.item[start:end]
+        return torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, 1:] * (table[:, :-1] > 0))
+
+    (inputs, targets), (histories, following) = padded(world.rows), padded(test)
+
+    def loss_of(i):
+        places = torch.from_numpy(chosen(i))
+        target = targets[places]
+        decides = target > 0
+        logits = peer.logits(peer(inputs[places])[decides])
+        return F.cross_entropy(logits, target[decides] - 1), len(logits)
+
+    evaluate, gaps = lambda: peer.evaluate(histories, following[:, -1]), {}
+    apart = lambda ours, theirs: max(abs(ours[key] - theirs[key]) for key in theirs)
+    if compare:
+        gaps["equal weights"] = apart(recommend.evaluate(model, world, None, torch.device("cpu"))["test"][0], evaluate())
+    result = rec_steps(peer, [torch.optim.Adam(peer.parameters(), lr=REC_LR, betas=(0.9, 0.98))], loss_of, cfg)
+    result |= rec_evaluations(evaluate)
+    if compare:
+        with torch.no_grad():
+            scores = torch.cat([peer.logits(peer(ids)[:, -1]) for ids in histories.split(256)])
+        seen = interactions.seen(log, test, np.arange(len(test)), len(scores[0]))
+        gaps["equal scores"] = apart(ranking.ranking_metrics(ranking.ranks(scores, following[:, -1], seen)), result["metrics"])
+    return result | dict(gaps=gaps)
+
+
+def recbole_sasrec(folder, cfg):
+    """RecBole's own dataset, loaders and trainer. Its SASRec is another one (norms after the residuals, a dot product, the padding among the
+    classes), so losses are not comparable; its evaluation does not mask the history. numpy 2 lacks names that RecBole asks for."""
+    sys.path.append(str(REC_PEER))                                          # behind the environment's own packages
+    sys.argv = sys.argv[:1]                                                 # RecBole would read them
+    for name, there in dict(float_=np.float64, complex_=np.complex128, object_=np.object_, unicode_=np.str_).items():
+        setattr(np, name, there)
+    np.bool, np.int, np.float, np.object, np.str, np.long = np.bool_, np.int_, np.float64, np.object_, np.str_, np.int_
+    from recbole.config import Config as RecBoleConfig
+    from recbole.data import create_dataset, data_preparation
+    from recbole.model.sequential_recommender import SASRec
+    from recbole.trainer import Trainer
+    torch.autograd.set_detect_anomaly(False)                                # importing one of its models, SINE, switches it on for all: half of a step
+    width = dict(hidden_size=50, inner_size=50, n_layers=2, n_heads=1, hidden_act="relu", hidden_dropout_prob=0.2, attn_dropout_prob=0.2)
+    config = RecBoleConfig(model="SASRec", dataset="log", config_dict=dict(
+        data_path=folder, load_col=dict(inter=["user_id", "item_id", "timestamp"]), MAX_ITEM_LIST_LENGTH=REC_LENGTH, loss_type="CE", learner="adam",
+        train_neg_sample_args=None, learning_rate=REC_LR, clip_grad_norm=dict(max_norm=1.0), train_batch_size=2048, metrics=["Hit", "NDCG"],
+        topk=[10], valid_metric="NDCG@10", metric_decimal_place=9, use_gpu=False, show_progress=False, reproducibility=True, seed=0,
+        eval_args=dict(split=dict(LS="valid_and_test"), order="TO", group_by="user", mode="full"), **width))
+    train_data, _, test_data = data_preparation(config, create_dataset(config))
+    torch.manual_seed(0)
+    model = SASRec(config, train_data.dataset)
+    trainer = Trainer(config, model)
+    raw = lambda data: [int(x) for x in data.dataset.id2token("item_id", data.dataset.inter_feat["item_id"].numpy())]
+    lengths = lambda data: data.dataset.inter_feat["item_length"].tolist()
+    result = dict(items=model.n_items - 1, facts=rec_facts(lengths(train_data), raw(train_data), lengths(test_data), raw(test_data)))
+    losses, decisions, marks = [], [], []
+
+    class Steps:                                                            # a loader that ends early and looks at the clock
+        def __iter__(self):
+            batches = iter(train_data)
+            for i in range(cfg.warmup + cfg.steps):
+                model.train(i >= cfg.warmup)
+                marks.append(Clock.now())
+                yield next(batches)
+            marks.append(Clock.now())
+
+    def loss_of(interaction):
+        loss = model.calculate_loss(interaction)
+        losses.append(loss.item()), decisions.append(len(interaction))
+        return loss
+
+    trainer._train_epoch(Steps(), 0, loss_func=loss_of)
+    result |= dict(losses=losses, decisions=decisions, seconds=[(b - a).tolist() for a, b in zip(marks, marks[1:])])
+
+    def evaluate():
+        found = trainer.evaluate(test_data, load_best_model=False)
+        return {"hr@10": found["hit@10"], "ndcg@10": found["ndcg@10"]}
+
+    result |= rec_evaluations(evaluate)
+    with torch.no_grad():
+        ranks = torch.cat([ranking.ranks(model.full_sort_predict(interaction)[:, 1:], positive, None) for interaction, _, _, positive in test_data])
+    ours = ranking.ranking_metrics(ranks)
+    return result | dict(gaps={"equal scores": max(abs(ours[key] - value) for key, value in result["metrics"].items())})
+
+
+def bench_recsys(cfg):
+    methods = [m for m in REC_METHODS if not m.startswith("recbole") or (REC_PEER / "recbole").exists()]
+    if len(methods) < len(REC_METHODS):
+        print("recbole sasrec: not installed (requirements-peers.txt says how), left out")
+    runs = {m: [] for m in methods}
+    with tempfile.TemporaryDirectory() as folder:
+        write_log(Path(folder) / "log/log.inter")
+        compared = in_process("recsys", "compare sasrec", folder, cfg)["gaps"]
+        for _ in range(cfg.rounds):
+            for method in methods:
+                share = 5 if method.startswith("recbole") else 1         # its steps are alike, and take several times as long
+                runs[method].append(in_process("recsys", method, folder, replace(cfg, steps=max(2, cfg.steps // share))))
+    first = {m: r[0] for m, r in runs.items()}
+    (num, _, _), (users, _, _) = first["temper sasrec"]["facts"]
+    print(f"{users:,} users, {first['temper sasrec']['items']:,} items; {num:,} training decisions an epoch; evaluation: one target per user, all items")
+
+    # what must agree
+    for m, r in first.items():
+        if r["facts"] != first["temper sasrec"]["facts"] or r["items"] != first["temper sasrec"]["items"]:
+            raise AssertionError(f"{m} has other decisions or targets: {r['facts']}, {r['items']} items, against {first['temper sasrec']['facts']}, "
+                                 f"{first['temper sasrec']['items']}")
+        for what, gap in (compared if m == "torch sasrec" else r.get("gaps", {})).items():
+            print(f"hr@10 and ndcg@10 of {what}, by temper and by {m.split()[0]}: apart by at most {gap:.1e}")
+            if gap > (1e-6 if what == "equal scores" else 2 / users):       # equal weights: rounding may swap items around place 10 of two users
+                raise AssertionError(f"{m}, {what}: apart by {gap}: no time is reported for methods that compute different things")
+    gaps = [abs(a - b) for a, b in zip(first["temper sasrec"]["losses"][:cfg.warmup], first["torch sasrec"]["losses"])]
+    print(f"loss, temper sasrec against torch sasrec from equal weights: step 0 differs by {gaps[0]:.1e}, the largest of {len(gaps)} by {max(gaps):.1e}")
+    if gaps[0] > 1e-5:
+        raise AssertionError("the first losses differ by more than 1e-5: no time is reported for methods that compute different things")
+    for m, r in first.items():
+        print(f"{m:>14}  loss {r['losses'][0]:.4f} -> {statistics.mean(r['losses'][-3:]):.4f} in {len(r['losses'])} steps")
+        if not statistics.mean(r["losses"][-3:]) < r["losses"][0]:
+            raise AssertionError(f"{m} does not learn")
+
+    # per round: microseconds a decision, and seconds an evaluation
+    decision = lambda r, clock: statistics.median(s[clock] / n for s, n in zip(r["seconds"][cfg.warmup:], r["decisions"][cfg.warmup:]))
+    evaluation = lambda r, clock: statistics.median(s[clock] for s in r["evaluations"])
+    rows, result = {}, dict(users=users, items=first["temper sasrec"]["items"], decisions=num, loss_gaps=gaps)
+    for m, rs in runs.items():
+        rows[m] = dict(memory_mb=statistics.median(r["memory_mb"] for r in rs))
+        for clock, name in enumerate(("wall", "cpu")):
+            rows[m][f"epoch_{name}_s"] = summarize([num * s[clock] / n for r in rs for s, n in zip(r["seconds"][cfg.warmup:], r["decisions"][cfg.warmup:])])
+            rows[m][f"evaluation_{name}_s"] = summarize([s[clock] for r in rs for s in r["evaluations"]])
+        if "with_tables" in rs[0]:
+            rows[m]["evaluation_with_tables_wall_s"] = summarize([s[0] for r in rs for s in r["with_tables"]])
+        epoch, look = rows[m]["epoch_wall_s"], rows[m]["evaluation_wall_s"]
+        print(f"{m:>14}  epoch {epoch['p50']:6.1f} s [{epoch['p25']:.1f}, {epoch['p75']:.1f}], {epoch['p50'] / num * 1e6:5.0f} us a decision, CPU "
+              f"{rows[m]['epoch_cpu_s']['p50']:.1f} s  evaluation {look['p50']:5.2f} s [{look['p25']:.2f}, {look['p75']:.2f}], "
+              f"{look['p50'] / users * 1e6:4.0f} us a user, CPU {rows[m]['evaluation_cpu_s']['p50']:.2f} s  +{rows[m]['memory_mb']:.0f} MB")
+    look = rows["temper hstu"]["evaluation_with_tables_wall_s"]
+    print(f"   temper hstu  evaluation with exact KL and reward-model value of every user {look['p50']:.2f} s [{look['p25']:.2f}, {look['p75']:.2f}]")
+    for peer in methods[2:]:
+        ratios = {f"{what}_{name}_ratio": [of(a, clock) / of(b, clock) for a, b in zip(runs["temper sasrec"], runs[peer])]
+                  for what, of in (("epoch", decision), ("evaluation", evaluation)) for clock, name in enumerate(("wall", "cpu"))}
+        rows[peer] |= {name: summarize(values) for name, values in ratios.items()}
+        for name, values in ratios.items():
+            what, clock, _ = name.split("_")
+            print(f"{what}, {clock} time, temper sasrec / {peer}: {statistics.median(values):.3f} (rounds: {', '.join(f'{x:.3f}' for x in values)})")
+    return result | dict(methods=rows)
+
+
+# -----------------------------------------------------------------------------
 # head: hidden states and a table to log-probabilities and back
 
 HEAD_SHAPES = ((1024, 128, 272), (1024, 128, 4096), (512, 256, 32768), (256, 896, 151936))      # N, D, V
@@ -620,8 +936,8 @@ def bench_sandbox(cfg):
     return dict(tier=tier, milliseconds=rows, ratio=ratios)
 
 
-WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker}
-GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "head": bench_head, "sandbox": bench_sandbox}
+WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker, "recsys": recsys_worker}
+GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "head": bench_head, "sandbox": bench_sandbox}
 
 
 def main(cfg, groups):

@@ -166,7 +166,8 @@ METHODS = {
 
 def asft_weights(advantages, weight_temp, w_max):
     """min(exp(A / weight_temp), w_max), detached, fp32 or fp64 as A is; exactly 1 at weight_temp inf. advantages (N,)."""
-    return (advantages.detach() / weight_temp).clamp(max=math.log(w_max)).exp()       # cut before exp: no A overflows
+    exponent, most = advantages.detach() / weight_temp, math.log(w_max)
+    return torch.where(exponent >= most, w_max, exponent.clamp(max=most).exp())        # cut before exp: no A overflows; the bound itself, not exp(log) of it
 
 
 def exp_weights(rewards, weight_temp):
@@ -185,7 +186,7 @@ def weighted_nll(logps, weights, denominator):
 def sampled_logps(users, catalogue, actions, negatives, temperature, logq=0.0):
     """log of softmax over an item and its negatives: users (N, D), catalogue (I, D), actions (N,) and negatives (N, K) of 1..I -> (N,).
 
-    A negative that is the item itself gets -5e4, as in the public HSTU code; logq is added to the logits of the others.
+    A negative that is the item itself gets -5e4, as in the public HSTU code (here none is drawn); logq is added to the logits of the others.
     """
     positive = (users * catalogue[actions - 1]).sum(-1) / temperature
     others = torch.einsum("nd,nkd->nk", users, catalogue[negatives - 1]) / temperature + logq
@@ -531,6 +532,14 @@ def check(cfg):
         raise ValueError(f"--folds={cfg.folds}: expected at most --ensemble={cfg.ensemble}, since each member leaves out one fold")
     if "iql" in cfg.method and cfg.ensemble < 2 or cfg.ensemble < 1:
         raise ValueError(f"--ensemble={cfg.ensemble}: expected at least 1, and 2 for iql, whose value is of the smaller of two Q")
+    if any(m in cfg.method for m in ("dpo", "ipo")) and cfg.ensemble < 2 or any(m in cfg.method for m in ("ppo", "ecpo")) and cfg.num_samples < 2:
+        raise ValueError(f"--ensemble={cfg.ensemble}, --num_samples={cfg.num_samples}: expected at least 2 members for dpo and ipo, whose pairs need spreads, "
+                         "and 2 samples for ppo and ecpo, whose advantages are differences")
+    if cfg.folds > 1 and (cfg.advantage_reward not in ("observed", "ensemble_mean") or cfg.baseline == "policy"):
+        raise ValueError(f"--folds={cfg.folds}: only --advantage_reward=observed or ensemble_mean, and a --baseline other than policy, "
+                         "leave the user's own fold out")
+    if cfg.w_max < 1:
+        raise ValueError(f"--w_max={cfg.w_max}: expected at least 1, the weight of an advantage of 0")
     if cfg.device_batch_size < 1 or cfg.batch_size < 1 or cfg.num_steps < 1:
         raise ValueError(f"expected --batch_size, --device_batch_size and --num_steps of at least 1, found {cfg.batch_size}, {cfg.device_batch_size}, "
                          f"{cfg.num_steps}")
@@ -690,7 +699,11 @@ def train(cfg):
             num, starts = int(sizes.sum()), np.concatenate([[0], np.cumsum(sizes)])
             generator = torch.Generator().manual_seed(random_key(cfg.seed, "noise", "post" if post else stage.label, step))
             noise = torch.rand(num, 2 * cfg.num_samples, generator=generator) if post and METHODS[stage.label].get("full") else None
-            negatives = torch.randint(1, config.num_items + 1, (num, cfg.num_negatives), generator=generator) if cfg.softmax == "sampled" else None
+            negatives = None
+            if cfg.softmax == "sampled":                             # uniform over the other items, as logq assumes
+                negatives = torch.randint(1, config.num_items, (num, cfg.num_negatives), generator=generator)
+                actions = torch.from_numpy(np.concatenate([world.log.item[row[2]:row[1]] for row in rows[chosen]]))
+                negatives += negatives >= actions[:, None]
             num_judged, denominator = 0, float(num)
             if not post:
                 num_judged = int(sizes[readers.numpy()[world.log.user[rows[chosen, 0]]]].sum())

@@ -296,7 +296,8 @@ def test_bfloat16_runs():
     (dict(method="reward_bc", negative="stop", noise=5.0), "rewards are weights and must not be negative"), (dict(judge_share=1.0), "--judge_share=1.0"),
     (dict(ensemble=1, method="iql"), "--ensemble=1"), (dict(folds=4, ensemble=3), "--folds=4"), (dict(gamma=1.0), "expected --dropout and --gamma"),
     (dict(data="csv:nowhere.csv", col_user="a", col_item="b", col_reward="c", col_time="d"), "nowhere.csv"), (dict(num_items=30), "events per user"),
-    (dict(batch_size=0), "expected --batch_size")])
+    (dict(ensemble=1, method="dpo"), "--ensemble=1"), (dict(num_samples=1, method="ppo"), "--num_samples=1"), (dict(w_max=0.5), "--w_max=0.5"),
+    (dict(folds=2, baseline="policy"), "leave the user's own fold out"), (dict(batch_size=0), "expected --batch_size")])
 def test_bad_settings_are_refused_by_flag(more, match):
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         train_asft.main(Config(name="dummy/bad", **SMALL | dict(judges=1) | more))
