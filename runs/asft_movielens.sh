@@ -10,11 +10,11 @@ root=out/movielens
 mkdir -p "$root"
 . runs/jobs.sh
 
-shape="--data=ml-latest-small --size=ml-1m --max_length=50 --batch_size=64 --device_batch_size=16 --pretrain_steps=${STEPS:-300} --judge_steps=100 --judges=2 --eval_every=60"
+shape="--data=ml-latest-small --size=ml-1m --max_length=50 --batch_size=32 --device_batch_size=16 --ensemble=3 --pretrain_steps=${STEPS:-300} --eval_every=60"
 one() { local name=$1 seed=$2; shift 2; run train_asft.py ${name}_s$seed --seed=$seed $shape "$@"; }
 for s in ${SEEDS:-0 1 2 3 4}; do
     spawn one sasrec $s --backbone=sasrec --judges=0 --method=tilt
-    spawn one hstu $s --num_steps=40 --method=asft,bc,reward_bc,exp_rsft,awr,iql,cql,dpo,ppo,exact,tilt
+    spawn one hstu $s --judges=1 --judge_steps=80 --num_steps=30 --method=asft,bc,reward_bc,exp_rsft,awr,cql,dpo,ppo,tilt
 done
 join
 python runs/asft_tables.py "$root"

@@ -147,40 +147,45 @@ def rivals_table(runs):
 
 
 def phase_map(worlds, root):
-    cells = {name: runs for name, runs in worlds.items() if name.startswith("map_")}
+    """Noise of the rewards against a bias that all observers share: the method with the highest mean gain in true value, and what the others have."""
+    cells = {tuple(float(x) for x in name.removeprefix("map_n").split("_a")): runs for name, runs in worlds.items() if name.startswith("map_")}
     if not cells:
         return ""
-    methods = [m for m in next(iter(next(iter(cells.values())).values()))["after"]]
-    quality = {name: [run["heads"]["test"]["reward head"]["r2_within"] for run in runs.values()] for name, runs in cells.items()}
-    better = {name: [run["heads"]["val"]["item"]["rmse"] - run["heads"]["val"]["reward head"]["rmse"] for run in runs.values()] for name, runs in cells.items()}
-    gains = {name: {m: [run["after"][m]["test"]["true_value"] - run["before"]["test"]["true_value"] for run in runs.values()] for m in methods}
-             for name, runs in cells.items()}
-    order = sorted(cells, key=lambda name: -np.mean(quality[name]))
+    methods = list(next(iter(next(iter(cells.values())).values()))["after"])
+    gains = {at: {m: [run["after"][m]["test"]["true_value"] - run["before"]["test"]["true_value"] for run in runs.values()] for m in methods}
+             for at, runs in cells.items()}
     rows = []
-    for name in order:
-        noise, share = name.removeprefix("map_n").split("_r")
-        ranked = sorted(methods, key=lambda m: -np.mean(gains[name][m]))
-        rows.append([noise, share, interval(quality[name], 2), interval(better[name]), f"**{ranked[0]}**", *(interval(gains[name][m], 2) for m in methods)])
+    for at, runs in sorted(cells.items()):
+        of = lambda get: [get(run["heads"]) for run in runs.values()]
+        ranked = sorted(methods, key=lambda m: -np.mean(gains[at][m]))
+        rows.append([f"{at[0]:g}", f"{at[1]:g}", f"{np.mean(of(lambda h: h['test']['reward head']['r2_within'])):.2f}",
+                     f"{np.mean(of(lambda h: h['val']['reward head']['rmse'] - h['val']['item']['rmse'])):+.3f}", f"**{ranked[0]}**",
+                     *(f"{np.mean(gains[at][m]):+.2f}" for m in methods)])
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(8, 4.6))
-    x = [np.mean(quality[name]) for name in order]
-    for m, color in zip(methods, plt.cm.tab10.colors):
-        y = [np.mean(gains[name][m]) for name in order]
-        ax.plot(x, y, "o-", ms=4, lw=1.2, color=color, label=m)
-    for name, at in zip(order, x):
-        noise, share = name.removeprefix("map_n").split("_r")
-        ax.annotate(f"noise {noise}\nread {share}", (at, ax.get_ylim()[0]), fontsize=6, ha="center", va="bottom", color="#555555")
-    ax.axhline(0, color="#999999", lw=0.8, ls=":")
-    ax.set_xlabel("R² of the reward model on true satisfaction, within a history")
-    ax.set_ylabel("gain in true value, settings selected on validation")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncol=2)
+    colors = dict(zip(methods, plt.cm.Pastel1.colors))
+    noises, biases = (sorted({at[i] for at in cells}) for i in (0, 1))
+    figure, ax = plt.subplots(figsize=(2.4 * len(biases), 1.9 * len(noises)))
+    for (noise, bias), found in gains.items():
+        x, y = biases.index(bias), noises.index(noise)
+        ranked = sorted(methods, key=lambda m: -np.mean(found[m]))
+        ax.add_patch(plt.Rectangle((x, y), 1, 1, color=colors[ranked[0]], ec="white"))
+        for i, m in enumerate(ranked):
+            ax.text(x + 0.08, y + 0.88 - 0.8 * (i + 0.5) / len(methods), f"{m} {np.mean(found[m]):+.2f}", fontsize=8, va="center",
+                    weight="bold" if i == 0 else "normal", color="black" if np.mean(found[m]) > 0 else "#a02020")
+    ax.set_xlim(0, len(biases))
+    ax.set_ylim(0, len(noises))
+    ax.set_xticks([i + 0.5 for i in range(len(biases))], [f"{b:g}" for b in biases])
+    ax.set_yticks([i + 0.5 for i in range(len(noises))], [f"{n:g}" for n in noises])
+    ax.set_xlabel("autoplay: share of bait recorded as satisfying")
+    ax.set_ylabel("noise of a reward")
+    ax.set_title("gain in true value, settings selected on validation", fontsize=10)
+    ax.spines[:].set_visible(False)
     figure.tight_layout()
     figure.savefig(root / "phase_map.png", dpi=110)
-    return "## Which method at which quality of the reward model (phase_map.png)\n\n" + markdown(
-        ["noise", "rewards read", "R^2 within", "item mean's RMSE less the head's", "winner", *methods], rows)
+    return f"## Phase map, {min(map(len, cells.values()))} seeds (phase_map.png)\n\n" + markdown(
+        ["noise", "autoplay", "R^2 within a history", "head's RMSE less the item mean's", "winner", *methods], rows)
 
 
 def main(root):

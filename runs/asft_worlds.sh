@@ -3,7 +3,7 @@
 # started again: what has finished is skipped. Two jobs at a time; some two hours on two cores.
 #   noise   rewards so noisy that the reward model is no better than the mean of each item
 #   bias    bait is followed by autoplay: all observers see satisfaction there, and there is none
-#   map     noise of the rewards x share of users whose rewards are read: which method wins at which quality of the reward model
+#   map     noise x bias: which method wins at which quality of the reward model
 # SEEDS="0 1 2" bash runs/asft_worlds.sh runs fewer seeds; WORLDS="noise" only some of the three.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,8 +18,8 @@ for kind in ${WORLDS:-noise bias map}; do
     case $kind in
     noise) for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn world noise $s --noise=4 --method=$main --trials=4; done ;;
     bias)  for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn world bias $s --autoplay=.95 --method=$main --trials=2; done ;;
-    map)   for s in ${MAP_SEEDS:-0 1 2}; do for noise in 0 1 2 4; do for share in 1 .1; do
-               spawn world map_n${noise}_r$share $s --noise=$noise --reward_share=$share --method=$main --trials=2; done; done; done ;;
+    map)   for s in ${MAP_SEEDS:-0 1}; do for noise in 0 1 4; do for auto in 0 .3 .6 .95; do
+               spawn world map_n${noise}_a$auto $s --noise=$noise --autoplay=$auto --method=asft,bc,reward_bc,exp_rsft,cql,ppo,exact,tilt --trials=2; done; done; done ;;
     esac
 done
 join

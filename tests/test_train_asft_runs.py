@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_sft import flags, kill_9, metrics, run
 
+import chat
 import checkpoint
 import recommend
 import train_asft
@@ -268,7 +269,7 @@ def test_every_method_runs_and_reports(capsys):
     assert best["asft"] == summary["asft"]
 
 
-def test_a_file_from_elsewhere(tmp_path):
+def test_a_file_from_elsewhere(tmp_path, monkeypatch, capsys):
     """Columns by name, percentile-free raw rewards, one-event users, a user of two events, and a sampled softmax; then recommendations from it."""
     rng = np.random.default_rng(0)
     lines = ["who,what,stars,when", "solo,i3,4,100", "duo,i1,3,100", "duo,i2,5,200"]
@@ -283,6 +284,22 @@ def test_a_file_from_elsewhere(tmp_path):
     assert len(set(best)) == 5 and p == sorted(p, reverse=True) and recommend.find_item(catalogue, "i3") not in best
     with pytest.raises(ValueError, match="is no title and no id"):
         recommend.find_item(catalogue, "nothing")
+    found = chat.main(chat.Config(init="out/dummy/csv", prompt="i3; i7"))
+    assert found.keys() == {"before", "after"} and found["after"][:5] == [catalogue.item_ids[i - 1] for i in best] and not {"i3", "i7"} & set(found["before"])
+    lines = iter(["i3;nothing", ";", "i1", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.main(chat.Config(init="out/dummy/csv"))
+    said = capsys.readouterr().out
+    assert "'nothing' is no title and no id" in said and "an empty history" in said and "after i1" in said and said.splitlines()[-1] == \
+        '{"init": "out/dummy/csv", "turns": 3}'
+
+
+def test_items_are_found_by_id_title_or_part():
+    catalogue = checkpoint.Catalogue(["10", "7", "8"], ["Toy Story (1995)", "Fargo (1996)", "Toy Story 2 (1999)"])
+    assert [recommend.find_item(catalogue, text) for text in ("10", " fargo (1996) ", "fargo", "story 2", "toy story (1995)")] == [1, 2, 2, 3, 1]
+    for text, match in (("toy", "in several titles: Toy Story"), ("farg0 (1996)", "no title and no id: Fargo"), ("", "no title and no id")):
+        with pytest.raises(ValueError, match=match):
+            recommend.find_item(catalogue, text)
 
 
 def test_bfloat16_runs():
