@@ -256,6 +256,7 @@ def picture(results, before, path):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("KL to BC, nats", fontsize=9)
         ax.set_xscale("symlog", linthresh=0.1)
+        ax.set_xlim(left=0)
         ax.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], color=colors[m], label=m) for m in methods]
     figure.legend(handles=handles, loc="lower center", ncol=min(7, len(methods)), fontsize=8, frameon=False)
