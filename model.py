@@ -479,11 +479,6 @@ class RewardHead(nn.Module):
         taste = torch.einsum("nd,mdf->mnf", h, self.project)
         return self.mean[:, None] + self.item_bias[:, items - 1] + self.state @ h.t() + (taste * self.item[:, items - 1]).sum(-1)
 
-    def members(self, h):
-        """h (N, D) -> (M, N, I)."""
-        taste = torch.einsum("nd,mdf->mnf", h, self.project)
-        return (self.mean[:, None] + self.state @ h.t())[..., None] + self.item_bias[:, None] + taste @ self.item.mT
-
     def catalogue(self, h):
         """h (N, D) -> (N, I): the mean over members, without holding each."""
         taste = torch.einsum("nd,mdf->nmf", h, self.project).flatten(1)
@@ -515,7 +510,7 @@ class Recommender(nn.Module):
         self.items = nn.Embedding(c.num_items + 1, c.hidden_size, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(c.max_length + 1, c.hidden_size))
         if c.reward_bins:
-            self.past_rewards = nn.Embedding(c.reward_bins, c.hidden_size)
+            self.past_rewards = nn.Embedding(c.reward_bins + 1, c.hidden_size)          # the first: a reward that is not known
         self.layers = nn.ModuleList((HSTUBlock if c.backbone == "hstu" else SASRecBlock)(c) for _ in range(c.num_layers))
         self.reward = RewardHead(c.num_heads_reward, c.num_items, c.hidden_size, c.head_width)
         self.value = ValueHead(c.num_heads_reward, c.hidden_size)
@@ -537,7 +532,7 @@ class Recommender(nn.Module):
         """-> (B, T, D) in compute_dtype: column j is the state after event j, before the next item is known.
 
         items (B, T) int64, left-aligned, 0 from lengths on. lengths (B,). times (B, T) int64 seconds; where HSTU is asked what follows the last event,
-        the column after it holds the time of the request. past_rewards (B, T) of the items, read where the config has reward_bins.
+        the column after it holds the time of the request. past_rewards (B, T) of the items, nan where not known; read where the config has reward_bins.
         """
         c = self.config
         if items.shape[1] > c.max_length + 1:
@@ -545,7 +540,8 @@ class Recommender(nn.Module):
         x = self.items(items) * c.hidden_size ** 0.5 + self.positions[:items.shape[1]]
         if c.reward_bins:
             share = (past_rewards - c.reward_low) / max(c.reward_high - c.reward_low, 1e-12)
-            x = x + self.past_rewards((share * c.reward_bins).long().clamp(0, c.reward_bins - 1))
+            bins = (share * c.reward_bins).nan_to_num(0.0).long().clamp(0, c.reward_bins - 1)
+            x = x + self.past_rewards(torch.where(past_rewards.isnan(), 0, bins + 1))
         x = F.dropout(x, c.dropout, self.training) * (items != 0)[..., None]
         x = x.to(self.compute_dtype)
         buckets = time_buckets(times) if c.backbone == "hstu" else None          # one for all layers
@@ -554,8 +550,8 @@ class Recommender(nn.Module):
         return x
 
     def users(self, hidden):
-        """hidden (N, D) -> unit vectors (N, D)."""
-        return F.normalize(hidden, dim=-1, eps=1e-6)
+        """hidden (N, D) -> unit vectors (N, D), fp32."""
+        return F.normalize(hidden.float(), dim=-1, eps=1e-6)
 
     def catalogue(self):
         """-> (I, D) unit vectors of items 1..I, fp32."""
@@ -563,7 +559,7 @@ class Recommender(nn.Module):
 
     def logits(self, hidden):
         """hidden (N, D) -> (N, I) fp32."""
-        return self.users(hidden).float() @ self.catalogue().t() / self.config.temperature
+        return self.users(hidden) @ self.catalogue().t() / self.config.temperature
 
     def judged(self, hidden):
         """What the heads read: the state, normalised without parameters, (N, D) fp32."""

@@ -150,10 +150,15 @@ def mean_interval(values, level=.95):
     return (float(x.mean()), None, None) if half is None else (float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 
-def paired_bootstrap(a, b, num=1000, seed=0):
-    """a, b (n,) of the same users -> (mean of a - b, low, high): 95 % percentile interval over resampled users, each with both of its numbers."""
+def paired_bootstrap(a, b, num=1000, seed=0, groups=None):
+    """a, b (n,) of the same rows -> (mean of a - b, low, high): 95 % percentile interval over resampled rows, each with both of its numbers, or over
+    resampled groups (n,), such as users with several rows, each whole."""
     a, b, rng = numbers(a), numbers(b), np.random.default_rng(seed)
     if a.shape != b.shape:
         raise ValueError(f"expected the same users in both columns, found {len(a)} and {len(b)}")
-    means = [(a - b)[rng.integers(0, len(a), len(a))].mean() for _ in range(num)]
+    group = np.unique(np.arange(len(a)) if groups is None else groups, return_inverse=True)[1]
+    sums, counts, means = np.bincount(group, a - b), np.bincount(group), []
+    for _ in range(num):
+        drawn = rng.integers(0, len(sums), len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
     return float((a - b).mean()), *np.percentile(means, [2.5, 97.5]).tolist()

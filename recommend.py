@@ -10,7 +10,7 @@ import torch
 import ranking
 from checkpoint import Catalogue
 from data import bandit, interactions
-from data.interactions import TEST, VAL
+from data.interactions import TEST, TRAIN, VAL
 
 
 class World(NamedTuple):
@@ -33,8 +33,8 @@ class World(NamedTuple):
 
 
 def context(world, batch, device):
-    """The arguments of a Recommender's forward. Past rewards are 0 where they are not for the model to read."""
-    past = batch.past_rewards * torch.from_numpy(world.visible)[batch.users][:, None]
+    """The arguments of a Recommender's forward. Past rewards are nan where they are not for the model to read."""
+    past = torch.where(torch.from_numpy(world.visible)[batch.users][:, None], batch.past_rewards, torch.nan)
     return [t.to(device) for t in (batch.items, batch.lengths, batch.times, past)]
 
 
@@ -49,11 +49,16 @@ def states(model, world, rows, device, size=256):
         yield slice(start, start + size), batch, places, hidden.flatten(0, 1)[places.to(device)]
 
 
-def seen_so_far(items, num_items, places):
-    """items (B, T) of a batch, places (N,) flat positions in it -> (N, num_items) bool: the items of the history up to each."""
+def seen_so_far(world, rows, indices, items, places):
+    """(N, I) bool: what the user had up to each decision, events before the row included, as in evaluation. rows, indices: of the batch whose items
+    (B, T) are; places (N,) flat positions in it."""
+    num_items = len(world.catalogue.item_ids)
     B, T = items.shape
     first = torch.full((B, num_items + 1), T, dtype=torch.int16, device=items.device)                # column where an item is first met
     first.scatter_reduce_(1, items, torch.arange(T, dtype=torch.int16, device=items.device).expand(B, T), "amin")
+    start = rows[np.asarray(indices), 0]
+    earlier = interactions.seen(world.log, np.stack([start, start + 1, start], 1), np.arange(B), num_items)
+    first[:, 1:].masked_fill_(earlier.to(items.device), -1)
     return first[places // T, 1:] <= (places % T).to(torch.int16)[:, None]
 
 
@@ -87,8 +92,10 @@ def tables_of(ref, judges, world, device):
 @torch.no_grad()
 def evaluate(model, world, tables, device, tilt=0.0):
     """-> {"val", "test": ({metric: float}, {metric: (n,) by target})}: hr@k, ndcg@k, mrr@k over all targets, high_hr@k, .. over those with a high reward,
-    and means under the policy of each table, kl to ref and entropy. tilt: tilt * rhat is added to the logits."""
+    and means under the policy of each table, kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
+    miss: its embedding is random."""
     results, num_items = {}, len(world.catalogue.item_ids)
+    known = np.bincount(world.log.item[world.part == TRAIN], minlength=num_items + 1) > 0
     for name, rows in world.targets.items():
         ranks, policy = [], []
         for block, _, _, hidden in states(model, world, rows, device):
@@ -96,7 +103,9 @@ def evaluate(model, world, tables, device, tilt=0.0):
             if tilt:
                 logits = logits + tilt * model.reward.catalogue(model.judged(hidden))
             seen = interactions.seen(world.log, rows, which, num_items).to(device)
-            ranks.append(ranking.ranks(logits, torch.from_numpy(world.log.item[rows[block, 1] - 1]).to(device), seen).cpu())
+            targets = world.log.item[rows[block, 1] - 1]
+            targets = torch.from_numpy(np.where(known[targets], targets, 0)).to(device)                 # 0: no item, so a miss
+            ranks.append(ranking.ranks(logits, targets, seen).cpu())
             size = int((which < world.policy_users).sum())
             if tables and size:
                 parts = {key: table if table.ndim == 1 else table[which[0]:which[0] + size] for key, table in tables[name].items()}
@@ -108,6 +117,17 @@ def evaluate(model, world, tables, device, tilt=0.0):
         columns |= {key: torch.cat([part[key] for part in policy]) for key in (policy[0] if policy else ())}
         results[name] = {key: float(column.mean()) for key, column in columns.items()} | dict(targets=len(rows), high_targets=int(high.sum())), columns
     return results
+
+
+def references(world):
+    """-> {name: true value} on the test targets of policy_users, exact: the logging policy, uniform, the best item of each user, and the logging policy
+    tilted by the true satisfaction, of which no policy as near to it is better."""
+    rows, truth = world.targets["test"][:world.policy_users], world.truth
+    users, previous, seen = bandit.contexts(world.log, rows[:, 1] - 1)
+    mu, logging = truth.mu[users], bandit.logging_policy(truth, users, previous, seen)
+    value = lambda policy: float((policy * mu).sum(1).mean())
+    return {"logging": value(logging), "uniform": value(~seen / (~seen).sum(1, keepdims=True)), "optimum": float(bandit.greedy(truth, users, seen).mean()),
+            **{f"tilt {t:g}": value(bandit.tilted(logging, mu, t)) for t in (1, 0.5, 0.25)}}
 
 
 @torch.no_grad()
@@ -139,7 +159,7 @@ def check_heads(model, world, max_length, device, seed):
         found = {}
         for label, guess in guesses.items():
             errors = (guess - truth) ** 2
-            _, low, high = ranking.paired_bootstrap(errors, np.zeros_like(errors), seed=seed)
+            _, low, high = ranking.paired_bootstrap(errors, np.zeros_like(errors), seed=seed, groups=users)
             found[label] = dict(rmse=errors.mean() ** 0.5, rmse_low=low ** 0.5, rmse_high=high ** 0.5, mae=float(np.abs(guess - truth).mean()))
         if world.truth is not None:
             found["reward head"] |= dict(r2=1 - squares[0] / squares[1], r2_within=1 - squares[2] / squares[3])
@@ -175,7 +195,7 @@ def suggest(model, history, k=10, gap=3600):
     recent = history[-model.config.max_length:]
     items = torch.tensor([[*recent, 0]])
     times = torch.arange(len(recent) + 1)[None] * gap
-    hidden = model(items, torch.tensor([len(recent)]), times, torch.zeros(items.shape))[:, len(recent) - 1]
+    hidden = model(items, torch.tensor([len(recent)]), times, torch.full(items.shape, torch.nan))[:, len(recent) - 1]
     seen = torch.zeros(1, model.config.num_items, dtype=torch.bool)
     seen[0, torch.tensor(history) - 1] = True
     logp = ranking.log_policy(model.logits(hidden), seen)
@@ -213,9 +233,11 @@ def row(found):
 HEADER = ["val ndcg@10", "val high_ndcg@10", *(f"test {k}" for k in SHOWN)]
 
 
-def differences(after, before, seed):
-    """after, before: by target, as evaluate has them -> a cell for each of COMPARED: mean difference, 95 % paired bootstrap over users."""
-    found = [ranking.paired_bootstrap(after[k], before[k], seed=seed) if k in before else None for k in COMPARED]
+def differences(after, before, world, seed):
+    """after, before: by test target, as evaluate has them -> a cell for each of COMPARED: mean difference, 95 % paired bootstrap over users."""
+    users = world.log.user[world.targets["test"][:, 0]]
+    of = lambda key: users[world.high["test"]] if key.startswith("high_") else users[:len(before[key])]
+    found = [ranking.paired_bootstrap(after[k], before[k], seed=seed, groups=of(k)) if k in before else None for k in COMPARED]
     return ["-" if f is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*f) for f in found]
 
 

@@ -56,7 +56,7 @@ class Config:
     max_length: int = 50             # events of a history; longer ones keep their end
     dropout: float = 0.2             # in BC; post-training has none, so that samples and ratios are of one policy
     history_rewards: int = 0         # bins in which rewards of past items are read, too; 0: not read
-    softmax: Literal["full", "sampled"] = "full"        # over all items, or the item and num_negatives drawn uniformly; sampled: weighted methods only
+    softmax: Literal["full", "sampled"] = "full"        # over all items, or the item and num_negatives others; sampled: not where the whole policy is needed
     num_negatives: int = 128         # sampled: negatives for each decision
     logq: bool = False               # sampled: correct the negatives' logits by log((I - 1) / num_negatives)
     # data
@@ -65,8 +65,8 @@ class Config:
     col_item: str = ""               # csv: the same
     col_reward: str = ""             # csv: the same
     col_time: str = ""               # csv: the same
-    sep: str = ""                    # csv: between columns; empty: comma, or tab in .tsv and .inter
-    header: int = -1                 # csv: lines of header, 0 or 1; auto: 1 where a column is given by name
+    sep: str = ""                    # csv: between columns; empty: the first of tab :: , ; | that is in line 1
+    header: int = -1                 # csv: lines of header, 0 or 1; auto: 1 where a column is given by name, or line 1 has words for numbers
     time_unit: Literal["", "s", "ms"] = ""              # of col_time; empty: the preset's, csv: s
     ties: Literal["row", "shuffle"] = "row"             # order of events at one time: as in the file, or by the seed
     dedup: Literal["first", "last", "none"] = "first"   # which of a user's events with one item stays
@@ -88,16 +88,16 @@ class Config:
     num_users: int = 4000            # bandit: users
     num_items: int = 300             # bandit: items
     # rewards
-    judge_share: float = 0.5         # share of users whose rewards only the judges read
+    judge_share: float = 0.5         # share of users whose training rewards only the judges read; selection on validation reads all users'
     reward_share: float = 1.0        # share of the others whose rewards are read at all
     judges: int = 3                  # judges, each with a trunk and seed of its own; 0: none
     ensemble: int = 5                # members of the reward and value heads, users re-weighted by a Poisson bootstrap
-    folds: int = 1                   # above 1: V and r of a user come from members that were not fitted on that user
+    folds: int = 1                   # above 1: V and r of a user come from members that were not fitted on that user; the trunk has seen all
     reward_coef: float = 0.1         # weight of the reward head's loss in BC
     reward_to_trunk: bool = True     # the reward head's gradient reaches the trunk
     # the algorithm; several methods: comma-separated, or all
     method: str = "asft"             # asft | bc | reward_bc | exp_rsft | awr | crr | iql | cql | dpo | ipo | ppo | ecpo | exact | tilt
-    trials: int = 1                  # settings of each method's knob, see METHODS; 1: what the flags say
+    trials: int = 1                  # settings of each method's knob: what its flag says, then those of METHODS
     weight_temp: float = 1.0         # of advantages in reward units: higher stays nearer to BC, inf is BC; crr: 0 is the indicator
     w_max: float = 20.0              # asft, awr, crr: bound on a weight
     normalize: Literal["batch", "dataset", "none"] = "batch"              # asft: weights over their sum in the batch, their mean in the data, or as they are
@@ -119,17 +119,17 @@ class Config:
     pretrain_steps: int = 600        # steps of BC
     judge_steps: int = 400           # steps of each judge
     num_steps: int = 200             # steps of each trial after it
-    batch_size: int = 64             # users per step
-    device_batch_size: int = 64      # rows per forward pass and device: lower when memory runs out, the result stays the same
+    batch_size: int = 64             # users (--windows=all: rows) per step
+    device_batch_size: int = 64      # rows per forward pass and device: lower when memory runs out, the result stays the same but for dropout's masks
     lr: float = 3e-3                 # peak rate of AdamW in BC
     post_lr: float = 1e-3            # peak rate after it
-    weight_decay: float = 0.0        # on matrices
+    weight_decay: float = 0.0        # on matrices, embeddings included
     warmup_steps: int = 10           # steps of linear warm-up
     decay_share: float = 0.3         # the last share of each stage goes linearly to rate 0
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     # machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
-    compile: bool = False            # torch.compile the Transformer
+    compile: bool = False            # torch.compile the recommender
     # looking and keeping
     eval_every: int = 50             # steps between evaluations of validation and test; 0: only at the end
     policy_users: int = 4000         # histories on which exact values, KL and judges are computed
@@ -139,7 +139,10 @@ class Config:
     dry_run: bool = False            # print the resolved settings and the memory estimate, and stop
 
 
-MAY_CHANGE = ("name", "device_batch_size", "save_every", "resume", "overwrite", "dry_run", "compile")
+MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run", "compile")
+# what a BC checkpoint and its judges were made of: --init with other values would compare worlds, or leak a test event
+OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", "split", "t_val", "t_test", "cold", "ties", "dedup", "min_user", "min_item",
+           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "num_users", "num_items", "judge_share", "reward_share", "ensemble", "folds")
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
 METHODS = {
@@ -262,9 +265,8 @@ def logps_of(cfg, model, f):
     c = model.config
     if cfg.softmax == "sampled":
         logq = math.log((c.num_items - 1) / cfg.num_negatives) if cfg.logq else 0.0
-        return sampled_logps(model.users(f.hidden).float(), model.catalogue(), f.actions, f.negatives, c.temperature, logq)
-    users = model.users(f.hidden)
-    return linear_logprob(users, model.catalogue().to(users.dtype), f.actions - 1, temperature=c.temperature).logp
+        return sampled_logps(model.users(f.hidden), model.catalogue(), f.actions, f.negatives, c.temperature, logq)
+    return linear_logprob(model.users(f.hidden), model.catalogue(), f.actions - 1, temperature=c.temperature).logp
 
 
 def next_values(values, after):
@@ -367,6 +369,7 @@ def open_world(cfg):
     else:
         log, truth = interactions.load(cfg.data, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time,
                                        sep=cfg.sep, header=cfg.header, time_unit=cfg.time_unit, ties=cfg.ties, dedup=cfg.dedup,
+                                       signals=",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(",")),
                                        missing_time=cfg.missing_time, min_user=cfg.min_user, min_item=cfg.min_item, core=cfg.core, seed=cfg.seed), None
     log, part = interactions.split(log, cfg.split, t_val=cfg.t_val, t_test=cfg.t_test, cold=cfg.cold)
     reward = interactions.rewards(log, part, cfg.reward, cfg.reward_scale)
@@ -374,14 +377,18 @@ def open_world(cfg):
     targets = {name: interactions.target_rows(log, part, which, cfg.max_length) for name, which in (("val", VAL), ("test", TEST))}
     for name, found in dict(train=rows, **targets).items():
         if not len(found):
-            raise ValueError(f"--data={cfg.data}: no {name} decision: users need at least 3 events (--split=loo), or other cuts (--t_val, --t_test)")
+            raise ValueError(f"--data={cfg.data}: no {name} decision: some users need at least 4 events (--split=loo), or other cuts (--t_val, --t_test)")
         if name != "train":                                                   # in an order without meaning, so that the first policy_users are a sample
             targets[name] = found[shuffled(np.arange(len(found)), len(found), cfg.seed, name)]
     judged = interactions.half(log.user_ids, cfg.judge_share if cfg.judges else 0.0)
-    visible = ~judged & interactions.half(log.user_ids, cfg.reward_share, salt="rewards")
+    visible = ~judged & interactions.half(log.user_ids, cfg.reward_share, salt="rewards", flag="reward_share")
     if not visible[log.user[rows[:, 0]]].any() or cfg.judges and not judged[log.user[rows[:, 0]]].any():
         raise ValueError(f"--judge_share={cfg.judge_share}, --reward_share={cfg.reward_share}: nobody with a training decision is left whose rewards "
                          "the methods, or the judges, may read")
+    if len(log.item_ids) < max(ranking.KS[:3]):
+        raise ValueError(f"--data={cfg.data}: {len(log.item_ids)} items, expected at least {max(ranking.KS[:3])}: metrics are of the best ten")
+    if not all(visible[log.user[found[:, 0]]].any() for found in targets.values()):
+        raise ValueError("no user whose rewards the methods read has a validation and a test event: lower --judge_share, or other cuts (--t_val, --t_test)")
     high = {name: log.reward_raw[found[:, 1] - 1] >= cfg.high for name, found in targets.items()}
     return World(log, part, reward, rows, targets, high, cfg.policy_users, visible, judged, truth, Catalogue(log.item_ids, log.titles))
 
@@ -390,8 +397,9 @@ def on(device, *tensors):
     return [t if t is None else t.to(device) for t in tensors]
 
 
-def facts(cfg, world, batch, hidden, weights, noise, negatives):
-    """Flat decisions of a batch. hidden (B, T, D); weights (E,) by event or None; noise and negatives (N, ..) of these decisions or None."""
+def facts(cfg, world, batch, hidden, weights, noise, negatives, rows=None, indices=None):
+    """Flat decisions of a batch. hidden (B, T, D); weights (E,) by event or None; noise and negatives (N, ..) of these decisions or None; rows[indices]:
+    what the batch was made of, for methods that need the whole policy."""
     T = batch.items.shape[1]
     decides = batch.targets.flatten() > 0
     places = decides.nonzero()[:, 0]
@@ -402,7 +410,7 @@ def facts(cfg, world, batch, hidden, weights, noise, negatives):
     full = METHODS[cfg.method].get("full")
     events = batch.events.flatten()[places]
     return Facts(hidden.flatten(0, 1)[places], batch.targets.flatten()[places], batch.rewards.flatten()[places],
-                 None if weights is None else weights[events], after, seen_so_far(batch.items, len(world.catalogue.item_ids), places) if full else None,
+                 None if weights is None else weights[events], after, seen_so_far(world, rows, indices, batch.items, places) if full else None,
                  noise, negatives)
 
 
@@ -435,7 +443,8 @@ def reward_advantages(cfg, model, world, device):
     mean = reward[train].mean()
     r, v, logps = (np.full(len(reward), np.nan) for _ in range(3))
     fold = bootstrap_counts(cfg, len(log.user_ids), cfg.seed)[1]
-    for _, batch, places, hidden in states(model, world, world.readers(world.visible), device):
+    rows = world.readers(world.visible)
+    for block, batch, places, hidden in states(model, world, rows, device):
         events, users = batch.events.flatten()[places].numpy(), batch.users.repeat_interleave(batch.items.shape[1])[places].numpy()
         actions, h = batch.targets.flatten()[places].to(device), model.judged(hidden)
         said = model.reward.at(h, actions).cpu()
@@ -446,9 +455,9 @@ def reward_advantages(cfg, model, world, device):
         if cfg.baseline == "head":
             v[events] = fold_mean(model.value(h).cpu(), user_fold, cfg).numpy()
         if cfg.baseline == "policy":
-            seen = seen_so_far(batch.items, len(world.catalogue.item_ids), places)
+            seen = seen_so_far(world, rows, np.arange(len(rows))[block], batch.items, places)
             v[events] = expected(ranking.log_policy(model.logits(hidden), seen.to(device)), model.reward.catalogue(h)).cpu().numpy()
-        logps[events] = linear_logprob(model.users(hidden).float(), model.catalogue(), actions - 1, temperature=model.config.temperature).logp.cpu().numpy()
+        logps[events] = linear_logprob(model.users(hidden), model.catalogue(), actions - 1, temperature=model.config.temperature).logp.cpu().numpy()
     decided = ~np.isnan(r)
     if cfg.baseline == "zero":
         v[decided] = 0.0
@@ -470,8 +479,6 @@ def method_weights(cfg, advantages, reward):
     """(E,) fp32 weights of a weighted method, nan where an event is no decision."""
     decided = torch.from_numpy(~np.isnan(advantages))
     a, r = torch.from_numpy(advantages), torch.from_numpy(reward)
-    if cfg.method == "reward_bc" and cfg.negative == "stop" and float(r[decided].min()) < 0:
-        raise ValueError(f"reward_bc: rewards are weights and must not be negative, found {float(r[decided].min()):g}: --negative=zero, or another --reward")
     weights = {"asft": lambda: asft_weights(a, cfg.weight_temp, cfg.w_max), "bc": lambda: torch.ones_like(r), "reward_bc": lambda: r.clamp(min=0),
                "exp_rsft": lambda: exp_weights(torch.where(decided, r, 0.0), cfg.weight_temp)}[cfg.method]()
     return torch.where(decided, weights, math.nan)
@@ -506,7 +513,8 @@ def stages_of(cfg):
         raise ValueError(f"--softmax=sampled: {', '.join(wrong)} need log-probabilities over the whole catalogue; --softmax=full, or weighted methods")
     stages = [] if cfg.init else [Stage("bc", None, cfg.pretrain_steps, "ndcg@10")] + [Stage(f"judge{j}", None, cfg.judge_steps, "") for j in range(cfg.judges)]
     for method in methods:
-        values = (getattr(cfg, METHODS[method]["knob"]),) if cfg.trials == 1 else METHODS[method]["grid"][:cfg.trials]
+        value = getattr(cfg, METHODS[method]["knob"])
+        values = (value, *(v for v in METHODS[method]["grid"] if v != value))[:cfg.trials]
         stages += [Stage(method, value, 0 if method == "tilt" else cfg.num_steps, "high_ndcg@10") for value in values]
     return stages
 
@@ -530,20 +538,21 @@ def check(cfg):
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected above 0")
     if cfg.folds > 1 and cfg.ensemble < cfg.folds:
         raise ValueError(f"--folds={cfg.folds}: expected at most --ensemble={cfg.ensemble}, since each member leaves out one fold")
-    if "iql" in cfg.method and cfg.ensemble < 2 or cfg.ensemble < 1:
-        raise ValueError(f"--ensemble={cfg.ensemble}: expected at least 1, and 2 for iql, whose value is of the smaller of two Q")
-    if any(m in cfg.method for m in ("dpo", "ipo")) and cfg.ensemble < 2 or any(m in cfg.method for m in ("ppo", "ecpo")) and cfg.num_samples < 2:
-        raise ValueError(f"--ensemble={cfg.ensemble}, --num_samples={cfg.num_samples}: expected at least 2 members for dpo and ipo, whose pairs need spreads, "
-                         "and 2 samples for ppo and ecpo, whose advantages are differences")
+    stages = stages_of(cfg)
+    methods = {stage.label for stage in stages if stage.post}
+    if methods & {"iql", "dpo", "ipo"} and cfg.ensemble < 2 or methods & {"ppo", "ecpo"} and cfg.num_samples < 2:
+        raise ValueError(f"--ensemble={cfg.ensemble}, --num_samples={cfg.num_samples}: expected at least 2 members for iql (the smaller of two Q), dpo and ipo "
+                         "(spreads), and 2 samples for ppo and ecpo, whose advantages are differences")
+    for key, least in dict(batch_size=1, device_batch_size=1, num_steps=1, pretrain_steps=1, policy_users=1, ensemble=1, num_negatives=1, num_samples=1,
+                           refresh_every=1, folds=1, judges=0, judge_steps=1, history_rewards=0, kl_coef=0, gamma=0, cql_alpha=0, eval_every=0).items():
+        if getattr(cfg, key) < least:
+            raise ValueError(f"--{key}={getattr(cfg, key)}: expected at least {least}")
     if cfg.folds > 1 and (cfg.advantage_reward not in ("observed", "ensemble_mean") or cfg.baseline == "policy"):
         raise ValueError(f"--folds={cfg.folds}: only --advantage_reward=observed or ensemble_mean, and a --baseline other than policy, "
                          "leave the user's own fold out")
     if cfg.w_max < 1:
         raise ValueError(f"--w_max={cfg.w_max}: expected at least 1, the weight of an advantage of 0")
-    if cfg.device_batch_size < 1 or cfg.batch_size < 1 or cfg.num_steps < 1:
-        raise ValueError(f"expected --batch_size, --device_batch_size and --num_steps of at least 1, found {cfg.batch_size}, {cfg.device_batch_size}, "
-                         f"{cfg.num_steps}")
-    return stages_of(cfg)
+    return stages
 
 
 def trained_parts(model, stage):
@@ -573,14 +582,25 @@ def train(cfg):
             size = num_params(Recommender(config))
         tokens = cfg.device_batch_size * (cfg.max_length + 1)
         bytes_of = dict(weights=4 * size, gradients=4 * size, optimizer=8 * size, copies=8 * size, activations=tokens * (
-            config.num_layers * (12 * config.hidden_size + 4 * config.num_heads * (cfg.max_length + 1)) * 4 + 12 * config.num_items))
+            config.num_layers * (12 * config.hidden_size + 4 * config.num_heads * (cfg.max_length + 1)) * 4 + 12 * config.num_items),
+            tables=2 * cfg.policy_users * config.num_items * (8 + 4 * min(cfg.judges, 2) + (8 if world.truth is not None else 0)))
         summary = asdict(cfg) | dict(parameters=size, stages=[f"{s.label} {s.value} {s.steps}" for s in stages],
                                      memory_mb={k: round(v / 2**20, 1) for k, v in bytes_of.items()})
         if rank == 0:
             print(json.dumps(summary))
         return summary
 
+    decided = world.reward[(world.part == TRAIN) & world.visible[world.log.user]]
+    for stage in stages:                                             # what would stop a method should stop the run before BC
+        if stage.label == "exp_rsft":
+            exp_weights(torch.from_numpy(decided), stage.value)
+        if stage.label == "reward_bc" and decided.min() < 0 and cfg.negative == "stop":
+            raise ValueError(f"reward_bc: rewards are weights and must not be negative, found {decided.min():g}: --negative=zero, or another --reward")
     state = dict(stage=0, step=0, best={}, results=[], seconds={})
+    if cfg.init:
+        theirs = checkpoint.read_json(Path(cfg.init) / "config.json")
+        if wrong := [key for key in OF_INIT if theirs.get(key) != getattr(cfg, key)]:
+            raise ValueError(f"--init={cfg.init} was made with other settings: " + ", ".join(f"--{key}={theirs.get(key)}" for key in wrong))
     if resume:
         record = checkpoint.read_record(resume)
         if changed := [k for k, v in record["config"].items() if k not in MAY_CHANGE and getattr(cfg, k, v) != v]:
@@ -591,7 +611,8 @@ def train(cfg):
     elif rank == 0:
         checkpoint.clear(out_dir, cfg.overwrite)
     offsets = np.concatenate([[0], np.cumsum([s.steps for s in stages])]).tolist()
-    logger = Logger(cfg, rank, resume_step=offsets[state["stage"]] + state["step"] if resume else None)
+    begun_at = offsets[state["stage"]] + state["step"]
+    logger = Logger(cfg, rank, resume_step=begun_at if resume else None)
     started = time.monotonic()
     keep = lambda model, label: rank == 0 and checkpoint.save_hf(model, world.catalogue, out_dir / label)
 
@@ -654,6 +675,9 @@ def train(cfg):
         weights = None
         if post and METHODS[stage.label].get("weighted"):
             weights = method_weights(run, advantages, world.reward)
+            device_weights, mean_weight = weights.to(device), float(weights.nanmean())
+            if stage.label == "reward_bc" and decided.min() < 0:
+                logger.print(f"reward_bc: {np.mean(decided < 0):.1%} of the rewards are negative and weigh 0 (--negative=zero)")
         wrapped = parallelize(model, "ddp", device, world_size)
         forward = torch.compile(wrapped) if cfg.compile else wrapped
         rows = world.readers(world.visible) if post else world.rows if stage.label == "bc" else world.readers(world.judged)
@@ -676,7 +700,9 @@ def train(cfg):
                     state["best"][folder_name] = dict(score=score, value=stage.value, step=step)
                     with checkpoint.together():
                         keep(model, folder_name)
-                logger.log(g, **{f"{name}/{key}": value for name, values in found.items() for key, value in values.items() if "@10" in key or "@" not in key})
+                if stage.steps:                                      # tilt has no steps of its own: its numbers are in results.json
+                    logger.log(g, **{f"{name}/{key}": value for name, values in found.items() for key, value in values.items()
+                                     if "@10" in key or "@" not in key})
                 logger.print(recommend.describe(f"{label} {step}/{stage.steps}", found))
             if last_step and stage.label.startswith("judge"):
                 with checkpoint.together():
@@ -710,7 +736,7 @@ def train(cfg):
             elif weights is not None:
                 batch_weights = np.concatenate([weights[row[2]:row[1]].numpy() for row in rows[chosen]])
                 if stage.label == "asft" and cfg.normalize != "none":
-                    denominator = float(batch_weights.sum()) if cfg.normalize == "batch" else num * float(weights.nanmean())
+                    denominator = float(batch_weights.sum()) if cfg.normalize == "batch" else num * mean_weight
 
             mine = np.arange(rank, len(chosen), world_size)
             groups = [mine[i:i + cfg.device_batch_size] for i in range(0, len(mine), cfg.device_batch_size)]
@@ -723,8 +749,8 @@ def train(cfg):
                 own = np.concatenate([np.arange(starts[w], starts[w + 1]) for w in which])
                 torch.manual_seed(random_key(cfg.seed, stage.label, step, rank, i))                    # of dropout
                 hidden = forward(*arguments)
-                f = facts(run, world, type(batch)(*on(device, *batch)), hidden, None if weights is None else weights.to(device),
-                          *on(device, noise if noise is None else noise[own], negatives if negatives is None else negatives[own]))
+                f = facts(run, world, type(batch)(*on(device, *batch)), hidden, None if weights is None else device_weights,
+                          *on(device, noise if noise is None else noise[own], negatives if negatives is None else negatives[own]), rows, chosen[which])
                 if post:
                     flat = lambda m: m(*arguments).flatten(0, 1)[(batch.targets.flatten() > 0).to(device)]
                     with torch.no_grad():
@@ -764,7 +790,7 @@ def train(cfg):
                             "train/weight_p50": float(np.median(batch_weights)), "train/weight_p95": float(np.quantile(batch_weights, 0.95))}
             logger.log(g + 1, **metrics, **{"time/step": seconds, "time/decisions_per_sec": num / seconds})
             if (step + 1) % max(1, stage.steps // 4) == 0:
-                left = (time.monotonic() - started) / (g + 1 - offsets[state["stage"]]) * (offsets[-1] - g - 1)
+                left = (time.monotonic() - started) / (g + 1 - begun_at) * (offsets[-1] - g - 1)
                 logger.print(f"{label} step {step + 1:5d}/{stage.steps} | " + " | ".join(f"{k} {v:.3f}" for k, v in sums.items())
                              + f" | grad_norm {grad_norm:.2f} | {1000 * seconds:.0f} ms | {format_seconds(left)} left")
     return finish(cfg, world, stages, state, load, judges, tables, device, logger, started, rank, world_size, offsets[-1])
@@ -786,25 +812,27 @@ def finish(cfg, world, stages, state, load, judges, tables, device, logger, star
         after[method] = {name: values for name, (values, _) in found.items()}
         rows += [[method, f"{knob} {best['value']:g}", f"{values['step']}, {which}", *recommend.row(numbers)]
                  for which, values, numbers in (("selected", best, after[method]), ("last", last, last))]
-        gains.append([method, *recommend.differences(found["test"][1], of_target, cfg.seed)])
+        gains.append([method, *recommend.differences(found["test"][1], of_target, world, cfg.seed)])
     heads, final = recommend.check_heads(ref, world, cfg.max_length, device, cfg.seed), load(f"post_{methods[0]}")
     saved = checkpoint.save(logger.out_dir, total, final, world.catalogue, [], state=state | dict(stage=len(stages), step=0), config=asdict(cfg), rank=rank,
                             world_size=world_size)
     if rank == 0:
-        seconds = {}
+        seconds, references = {}, recommend.references(world) if world.truth is not None else {}
         for label, value in state["seconds"].items():
             seconds[label.split()[0]] = seconds.get(label.split()[0], 0.0) + value
         lines = [f"# {', '.join(methods)} after BC on {cfg.data}\n", *(f"- {line}" for line in world.log.report), "",
                  f"Targets: {before['val']['targets']:,} validation, {before['test']['targets']:,} test; of these {before['val']['high_targets']:,} and "
                  f"{before['test']['high_targets']:,} with a raw reward of {cfg.high:g} or more. Steps and settings are selected on validation alone "
-                 "(high_ndcg@10).\n",
+                 f"({'high_ndcg@10' if before['val']['high_targets'] else 'ndcg@10: no target is high'}).\n",
                  "## Reward model and the averages that it has to beat: test events of users whose rewards it may read\n", *recommend.heads_report(heads),
+                 *(["True values to compare with: " + ", ".join(f"{k} {v:.3f}" for k, v in references.items()) + ".\n"] if references else []),
                  "## Before and after\n", recommend.markdown(["method", "setting", "step", *recommend.HEADER], rows),
                  "## Test, selected less before: 95 % paired bootstrap over users\n", recommend.markdown(["method", *recommend.COMPARED], gains),
                  "Wall time of the steps: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ". Equal steps are not equal cost.\n"]
         write_atomically(logger.out_dir / "report.md", "\n".join(lines) + "\n")
         write_atomically(logger.out_dir / "results.json", json.dumps(dict(
-            before=before, after=after, heads=heads, best=state["best"], results=state["results"], seconds=seconds, config=asdict(cfg))) + "\n")
+            before=before, after=after, references=references, heads=heads, best=state["best"], results=state["results"], seconds=seconds,
+            config=asdict(cfg))) + "\n")
         recommend.picture(state["results"], before, logger.out_dir / "frontier.png")
         logger.picture(total, "frontier", logger.out_dir / "frontier.png")
         print("\n".join(lines[len(world.log.report) + 2:]), flush=True)

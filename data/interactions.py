@@ -531,10 +531,10 @@ def _mid_ranks(group, value, train):
     return rank, counts
 
 
-def half(user_ids, share, salt="judges"):
+def half(user_ids, share, salt="judges", flag="judge_share"):
     """(U,) bool, True: the judges' half. A hash of the raw id, so it is the same in every file; a smaller share is part of a larger one."""
     if not 0 <= share <= 1:
-        raise ValueError(f"--judge_share: expected a share from 0 to 1, found {share}")
+        raise ValueError(f"--{flag}: expected a share from 0 to 1, found {share}")
     return np.array([random_key(salt, user) < share * 2 ** 63 for user in user_ids], bool)
 
 

@@ -83,7 +83,8 @@ def frontier(run, method, kl):
         while len(hull) >= 2 and (hull[-1][1] - hull[-2][1]) * (p[0] - hull[-2][0]) <= (p[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
             hull.pop()
         hull.append(p)
-    return float(np.interp(kl, *zip(*hull)))
+    at, gain = zip(*hull)
+    return float(max([np.interp(kl, at, gain), *(g for k, g in hull if k <= kl)]))
 
 
 def frontier_table(runs, kls=(0.1, 0.2, 0.4, 0.8)):
@@ -106,19 +107,23 @@ def tolerance_table(runs, methods=("asft", "exp_rsft", "awr")):
 
 
 def hacking_table(runs, kls=(0.5, 1.0, 2.0)):
-    """Judge's gain less the true gain at some distances, and the distance where the true value peaks, along the run of each strong optimiser."""
+    """Judge's gain less the true gain at some distances, and the distance where the true value peaks: means over trials, each along its own training."""
     rows = []
     for m in ("exact", "ppo", "tilt", "dpo", "asft", "exp_rsft"):
         gaps, peaks = [[] for _ in kls], []
         for run in runs.values():
-            start = run["before"]["test"]
-            path = sorted([(0.0, 0.0, 0.0)] + [(r["test"]["kl"], r["test"]["judge"] - start["judge"], r["test"]["true_value"] - start["true_value"])
-                                              for r in run["results"] if r["method"] == m])
-            kl, judge, true = zip(*path)
-            peaks.append(kl[int(np.argmax(true))])
-            for cell, at in zip(gaps, kls):
-                if kl[-1] >= at:
-                    cell.append(float(np.interp(at, kl, judge) - np.interp(at, kl, true)))
+            start, found = run["before"]["test"], [[] for _ in kls]
+            for stage in dict.fromkeys(r["stage"] for r in run["results"] if r["method"] == m):
+                path = sorted([(0.0, 0.0, 0.0)] + [(r["test"]["kl"], r["test"]["judge"] - start["judge"], r["test"]["true_value"] - start["true_value"])
+                                                  for r in run["results"] if r["stage"] == stage])
+                kl, judge, true = zip(*path)
+                peaks.append(kl[int(np.argmax(true))])
+                for cell, at in zip(found, kls):
+                    if kl[-1] >= at:
+                        cell.append(float(np.interp(at, kl, judge) - np.interp(at, kl, true)))
+            for cell, of_trials in zip(gaps, found):
+                if of_trials:
+                    cell.append(float(np.mean(of_trials)))
         rows.append([m, *(interval(c) + ("" if len(c) == len(runs) else f" ({len(c)} seeds)") if c else "not reached" for c in gaps), f"{np.mean(peaks):.2f}"])
     return markdown(["judge's gain less true gain at", *(f"KL {kl}" for kl in kls), "true value peaks at KL"], rows)
 

@@ -80,4 +80,4 @@ both asft_fair asft_bias
 
 python report.py --root=$root
 say "done: $root/report.md, $root/report.png. Talk to it:  .venv/bin/python chat.py --init=$root/calibration"
-echo "Or ask the recommender:  .venv/bin/python chat.py --init=$root/asft --prompt='drama 010; comedy 003'"
+echo "Or ask the recommender:  .venv/bin/python chat.py --init=$root/asft --prompt='history 010; romance 003'"

@@ -91,9 +91,6 @@ def test_method_weights():
     assert of(method="bc") == [1, 1, 1] and of(method="reward_bc") == [1, 2, 0]
     assert np.allclose(of(method="exp_rsft"), np.exp([1, 2, -3]))           # 900 is no decision, so it does not stop the run
     assert all(math.isnan(method_weights(Config(method=m), advantages, rewards)[0]) for m in ("asft", "bc", "reward_bc", "exp_rsft"))
-    with pytest.raises(ValueError, match="found -3"):
-        of(method="reward_bc", negative="stop")
-    assert method_weights(Config(method="reward_bc", negative="stop"), advantages[:3], -rewards[:3] * [1, -1, -1]).tolist()[1:] == [1, 2]
     with pytest.raises(ValueError, match="overflows at r = 2"):
         of(method="exp_rsft", weight_temp=.02)
 
@@ -355,16 +352,16 @@ def test_facts_of_a_log(max_length, windows):
     batch = interactions.batch(log, reward, rows, order)
     B, T = batch.items.shape
     hidden = torch.arange(B * T).view(B, T, 1).float()
-    weights, world = torch.arange(13).float() ** 2, SimpleNamespace(catalogue=SimpleNamespace(item_ids=log.item_ids))
+    weights, world = torch.arange(13).float() ** 2, SimpleNamespace(log=log, catalogue=SimpleNamespace(item_ids=log.item_ids))
     noise, negatives = torch.rand(99, 2), torch.ones(99, 2).long()
-    f = facts(Config(method="ppo"), world, batch, hidden, weights, noise, negatives)
+    f = facts(Config(method="ppo"), world, batch, hidden, weights, noise, negatives, rows, order)
     n = 0
     for b, (start, end, first) in enumerate(rows[order]):
         for event in range(first, end):
             assert f.hidden[n].item() == b * T + event - 1 - start          # the state before the event
             assert (f.actions[n], f.rewards[n], f.weights[n]) == (log.item[event], reward[event], event ** 2)
             assert f.after[n] == (n + 1 if event + 1 < end else -1)
-            assert {i + 1 for i in range(I) if f.seen[n, i]} == set(log.item[start:event].tolist())
+            assert {i + 1 for i in range(I) if f.seen[n, i]} == set(log.item[np.searchsorted(log.user, log.user[start]):event].tolist())       # and before the row
             n += 1
     assert n == len(f.actions) == len(f.hidden) == len(f.seen) and f.noise is noise and f.negatives is negatives
     if windows == "all":
@@ -375,8 +372,9 @@ def test_facts_of_a_log(max_length, windows):
 
 def test_seen_so_far():
     items = torch.randint(0, 12, (5, 30), generator=torch.Generator().manual_seed(0))           # 0 is padding and no item
-    places = torch.tensor([0, 29, 30, 77, 149, 77, 120])
-    seen = seen_so_far(items, 11, places)
+    places, zeros = torch.tensor([0, 29, 30, 77, 149, 77, 120]), np.zeros(5, np.int64)
+    log = SimpleNamespace(user=zeros, item=zeros + 1)                                            # nothing before the rows
+    seen = seen_so_far(SimpleNamespace(log=log, catalogue=SimpleNamespace(item_ids=[""] * 11)), np.stack([zeros, zeros + 31, zeros + 1], 1), np.arange(5), items, places)
     assert seen.shape == (7, 11) and seen.dtype == torch.bool
     for row, place in zip(seen, places.tolist()):
         assert {i + 1 for i in range(11) if row[i]} == set(items[place // 30, :place % 30 + 1].tolist()) - {0}
@@ -385,7 +383,7 @@ def test_seen_so_far():
 def test_a_state_has_one_loss_whatever_its_batch():
     """Whole path: model, facts and loss of all rows at once are the sum over rows alone (other padding, other places)."""
     log, part, reward = small_log()
-    rows, world = interactions.train_rows(log, part, 6), SimpleNamespace(catalogue=SimpleNamespace(item_ids=log.item_ids))
+    rows, world = interactions.train_rows(log, part, 6), SimpleNamespace(log=log, catalogue=SimpleNamespace(item_ids=log.item_ids))
     model, ref = tiny(1).eval(), tiny(2).eval()
     noise = torch.rand(10, 8, generator=torch.Generator().manual_seed(0))
     for method in ("asft", "crr", "iql", "dpo", "ppo", "exact"):
@@ -396,7 +394,7 @@ def test_a_state_has_one_loss_whatever_its_batch():
             size = int((batch.targets > 0).sum())
             part_noise = noise if len(indices) == 3 else noise[start:start + size]
             start += size * (len(indices) == 1)
-            f = facts(cfg, world, batch, of(model), torch.arange(13) / 5, part_noise, None)
+            f = facts(cfg, world, batch, of(model), torch.arange(13) / 5, part_noise, None, rows, indices)
             past = (ref, of(ref).flatten(0, 1)[batch.targets.flatten() > 0])
             sums.append(post_loss(cfg, model, past, past, f, 10, 7.0)[0].item())
         assert abs(sums[0] - sum(sums[1:])) < 1e-5 and sums[0] != 0, method

@@ -161,8 +161,11 @@ def test_resume_refuses_other_settings_and_init_other_items():
         train_asft.main(Config(name="dummy/a", resume="latest", **SMALL | dict(weight_temp=2.0)))
     with pytest.raises(ValueError, match="already holds step_"):
         train_asft.main(Config(name="dummy/a", **SMALL))
-    with pytest.raises(ValueError, match="its items are not those of --data=bandit"):
+    with pytest.raises(ValueError, match="other settings: --num_items=45"):
         train_asft.main(Config(name="dummy/b", init="out/dummy/a", **SMALL | dict(num_items=50)))
+    for more in (dict(seed=1), dict(noise=2.0), dict(judge_share=0.25), dict(folds=2)):              # another world, readers or heads under the same items
+        with pytest.raises(ValueError, match=f"was made with other settings: --{list(more)[0]}="):
+            train_asft.main(Config(name="dummy/b", init="out/dummy/a", **SMALL | more))
     found = train_asft.main(Config(name="dummy/b", init="out/dummy/a", **SMALL | dict(method="reward_bc")))          # BC and judges are taken over
     assert not Path("out/dummy/b/bc").exists() and found["before"]["kl"] == pytest.approx(0, abs=1e-9)
 
@@ -265,6 +268,9 @@ def test_every_method_runs_and_reports(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["name"] == "dummy/all"
     for m in METHODS:                                               # everything but tilt moved
         assert (results["after"][m]["test"]["kl"] > 1e-7) and math.isfinite(results["after"][m]["test"]["true_value"]), m
+    ref = results["references"]                                     # uniform may beat the log; nothing beats the best item
+    assert ref["logging"] < ref["tilt 1"] < ref["tilt 0.5"] < ref["tilt 0.25"] < ref["optimum"] and ref["uniform"] < ref["optimum"]
+    assert all(results["after"][m]["test"]["true_value"] < ref["optimum"] for m in METHODS)
     best = train_asft.main(Config(name="dummy/all", method="all", resume="latest", **SMALL | dict(eval_every=0, num_steps=2)))     # finished: says it again
     assert best["asft"] == summary["asft"]
 
@@ -314,7 +320,8 @@ def test_bfloat16_runs():
     (dict(ensemble=1, method="iql"), "--ensemble=1"), (dict(folds=4, ensemble=3), "--folds=4"), (dict(gamma=1.0), "expected --dropout and --gamma"),
     (dict(data="csv:nowhere.csv", col_user="a", col_item="b", col_reward="c", col_time="d"), "nowhere.csv"), (dict(num_items=30), "events per user"),
     (dict(ensemble=1, method="dpo"), "--ensemble=1"), (dict(num_samples=1, method="ppo"), "--num_samples=1"), (dict(w_max=0.5), "--w_max=0.5"),
-    (dict(folds=2, baseline="policy"), "leave the user's own fold out"), (dict(batch_size=0), "expected --batch_size")])
+    (dict(folds=2, baseline="policy"), "leave the user's own fold out"), (dict(batch_size=0), "--batch_size=0"), (dict(policy_users=0), "--policy_users=0"),
+    (dict(method="all", ensemble=1), "--ensemble=1"), (dict(reward_share=2.0), "--reward_share: expected a share"), (dict(refresh_every=0), "--refresh_every=0")])
 def test_bad_settings_are_refused_by_flag(more, match):
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         train_asft.main(Config(name="dummy/bad", **SMALL | dict(judges=1) | more))
