@@ -250,3 +250,14 @@ def test_paired_bootstrap():
         _, low, high = ranking.paired_bootstrap(x, np.zeros(60), num=200, seed=trial)
         covers.append(low < 0 < high)
     assert .89 < np.mean(covers) < .98
+
+
+def test_bootstrap_over_users_keeps_their_rows_together():
+    """Two users, rows (0, 0) and (1, 1): a resample of users has a mean of 0, 1/2 or 1, one of rows also 1/4 and 3/4; many rows of few users are few."""
+    d, zero, users = torch.tensor([0.0, 0, 1, 1]), torch.zeros(4), [7, 7, 3, 3]
+    assert ranking.paired_bootstrap(d, zero, groups=users) == (0.5, 0.0, 1.0)
+    x = torch.arange(10.0).repeat_interleave(50)
+    _, low, high = ranking.paired_bootstrap(x, torch.zeros(500))
+    _, wide_low, wide_high = ranking.paired_bootstrap(x, torch.zeros(500), groups=torch.arange(10).repeat_interleave(50))
+    assert wide_high - wide_low > 5 * (high - low)
+    assert ranking.paired_bootstrap(x, torch.zeros(500), groups=torch.arange(500)) == ranking.paired_bootstrap(x, torch.zeros(500))

@@ -233,6 +233,16 @@ def test_states_and_metrics_do_not_depend_on_the_block_and_the_padding():
         assert whole.shape == (60, 32) and (whole - parts).abs().max() < 1e-5
 
 
+def test_a_target_that_training_never_saw_is_a_miss():
+    world = train_asft.open_world(Config(**SMALL))
+    model = train_asft.Recommender(train_asft.new_model(Config(**SMALL), world)).init_weights(0)
+    of = lambda world: recommend.evaluate(model, world, None, torch.device("cpu"))["test"][1]["hr@10"].numpy()
+    before, item = of(world), world.log.item[world.targets["test"][:, 1] - 1]
+    hit = item == item[before.argmax()]                             # an item that is found at least once
+    after = of(world._replace(part=np.where((world.part == 0) & (world.log.item == item[before.argmax()]), 9, world.part)))
+    assert before[hit].sum() > 0 == after[hit].sum() and (before == after)[~hit].all()
+
+
 def test_the_state_reads_nothing_later():
     """Column j depends on items up to j and times up to j + 1."""
     config = train_asft.RecommenderConfig(num_items=20, max_length=12, **train_asft.RECOMMENDER_SIZES["tiny"])
