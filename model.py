@@ -550,15 +550,15 @@ class Recommender(nn.Module):
         return x
 
     def users(self, hidden):
-        """hidden (N, D) -> unit vectors (N, D), fp32."""
-        return F.normalize(hidden.float(), dim=-1, eps=1e-6)
+        """hidden (N, D) -> unit vectors (N, D), fp32 (fp64 of an fp64 model)."""
+        return F.normalize(hidden.to(self.items.weight.dtype), dim=-1, eps=1e-6)
 
     def catalogue(self):
         """-> (I, D) unit vectors of items 1..I, fp32."""
         return F.normalize(self.items.weight[1:], dim=-1, eps=1e-6)
 
     def logits(self, hidden):
-        """hidden (N, D) -> (N, I) fp32."""
+        """hidden (N, D) -> (N, I) of the same dtype."""
         return self.users(hidden) @ self.catalogue().t() / self.config.temperature
 
     def judged(self, hidden):
