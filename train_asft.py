@@ -129,7 +129,7 @@ class Config:
     max_grad_norm: float = 1.0       # global norm the gradient is clipped to
     # machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
-    compile: bool = False            # torch.compile the recommender
+    compile: bool = False            # torch.compile the model
     # looking and keeping
     eval_every: int = 50             # steps between evaluations of validation and test; 0: only at the end
     policy_users: int = 4000         # histories on which exact values, KL and judges are computed

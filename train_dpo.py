@@ -102,7 +102,7 @@ class Config:
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     recompute: bool = False          # activation checkpointing: a third slower, most of the activation memory back
-    compile: bool = False            # torch.compile the Transformer
+    compile: bool = False            # torch.compile the model
     # looking and keeping
     eval_every: int = -1             # steps between evaluations; 0: only at the end; auto: a tenth of the run
     eval_tasks: str = "auto"         # tasks of eval.py answered at each evaluation, e.g. math_en; auto: those of --data, if online

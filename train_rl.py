@@ -130,7 +130,7 @@ class Config:
     sandbox: Literal["auto", "namespaces", "landlock", "none_i_accept"] = "auto"        # the box in which written code runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     recompute: bool = False          # activation checkpointing: a third slower, most of the activation memory back
-    compile: bool = False            # torch.compile the Transformer
+    compile: bool = False            # torch.compile the model
     # guards
     preflight: int = 64              # prompts sampled before training to see whether there is anything to learn; 0: none
     force: bool = False              # go on where the preflight or a guard says stop

@@ -89,7 +89,7 @@ class Config:
     parallel: Literal["ddp", "fsdp"] = "ddp"    # under torchrun: whole copies, or FSDP2 shards
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     recompute: bool = False          # activation checkpointing: a third slower, most of the activation memory back
-    compile: bool = False            # torch.compile the Transformer
+    compile: bool = False            # torch.compile the model
     # looking and keeping
     eval_every: int = 100            # steps between evaluations; 0: only at the end
     eval_rows: int = 64              # held-out rows per evaluation

@@ -71,7 +71,7 @@ in_words() {
 }
 both calibration in_words
 
-say "a recommender in two synthetic worlds: BC on the log, then A-SFT and rivals; in the second world all reward models are wrong in one way (two minutes)"
+say "a recommender in two synthetic worlds: BC on the log, then A-SFT and rivals; in the second world all reward models are wrong in one way (a minute)"
 asft() { local name=$1; shift; logged "$root/$name.log" python train_asft.py --name=quickstart/$name --num_users=1500 --pretrain_steps=400 --judge_steps=150 --judges=2 \
     --num_steps=100 --batch_size=32 --eval_every=25 "$@"; }
 asft_fair() { asft asft --method=asft,reward_bc,bc,exact; }
