@@ -1,4 +1,4 @@
-"""Advantage-weighted SFT of a generative recommender (A-SFT, Netflix TechBlog 2025-10-24), beside every rival, from one log of rewards.
+"""Advantage-weighted SFT of a generative recommender (A-SFT, Netflix TechBlog 2025-10-24), beside its rivals, from one log of rewards.
 
 A log holds, for each decision i, a history x_i, the item a_i that came next and one reward r_i; no propensities, no other item's reward. Cloning it
 (BC) learns exposure and habit with the taste. With V(x) an estimate of the reward that was to be expected,
@@ -471,7 +471,7 @@ def reward_advantages(cfg, model, world, device):
         total = np.concatenate([[0.0], np.cumsum(reward)])
         place = np.arange(len(reward))
         v[decided] = np.where(place > start, (total[place] - total[start]) / np.maximum(place - start, 1), mean)[decided]
-    found = dict(mean=float(np.nanmean(r - v)), std=float(np.nanstd(r - v)), logp=float(np.nanmean(logps)), reward=float(reward[decided].mean()))
+    found = dict(mean=float(np.nanmean(r - v)), std=float(np.nanstd(r - v)), logp=float(np.nanmean(logps)))
     return (r - v).astype(np.float32), found
 
 
@@ -624,7 +624,7 @@ def train(cfg):
         model.compute_dtype = dtype
         return model.eval()
 
-    ref = judges = advantages = tables = facts_of_bc = None
+    ref = advantages = tables = facts_of_bc = None
 
     for number in range(state["stage"], len(stages)):
         stage, begun = stages[number], number == state["stage"] and resume
@@ -793,10 +793,10 @@ def train(cfg):
                 left = (time.monotonic() - started) / (g + 1 - begun_at) * (offsets[-1] - g - 1)
                 logger.print(f"{label} step {step + 1:5d}/{stage.steps} | " + " | ".join(f"{k} {v:.3f}" for k, v in sums.items())
                              + f" | grad_norm {grad_norm:.2f} | {1000 * seconds:.0f} ms | {format_seconds(left)} left")
-    return finish(cfg, world, stages, state, load, judges, tables, device, logger, started, rank, world_size, offsets[-1])
+    return finish(cfg, world, stages, state, load, tables, device, logger, started, rank, world_size, offsets[-1])
 
 
-def finish(cfg, world, stages, state, load, judges, tables, device, logger, started, rank, world_size, total):
+def finish(cfg, world, stages, state, load, tables, device, logger, started, rank, world_size, total):
     """Selected against last, before and after, validation and test, and what the heads are worth; the first method's selected weights are the checkpoint."""
     ref = load("bc")
     if tables is None:

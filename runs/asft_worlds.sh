@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A-SFT and its rivals in synthetic worlds whose true policy values are known: tables, intervals and the phase map, in out/asft/. Can be stopped and
-# started again: what has finished is skipped. Two jobs at a time; some 80 minutes on two cores.
+# started again: what has finished is skipped. Two jobs at a time; some two hours on two cores (an estimate).
 #   noise   rewards so noisy that the reward model is no better than the mean of each item
 #   bias    bait is followed by autoplay: all observers see satisfaction there, and there is none
 #   map     noise x bias: which method wins at which quality of the reward model
