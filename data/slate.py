@@ -8,7 +8,7 @@ prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves 
                 kin in threes; half of the twists are wild (norm 1), half mild (.3). A text without a word of the world has a direction by its hash
     image       unit(embedding + .3 n / sqrt d), n ~ N(0, 1)^d
     taste       of type k: the unit sum of the two styles that it likes; of a person: unit(taste_k + deviation n / sqrt d)
-    utility     of a column: mean over its images of .27 cos(start, I) + .67 taste.I + .67 g.I, + novelty x charm
+    utility     of a column: mean over its images of .22 cos(start, I) + .4 taste.I + .72 g.I, + novelty x charm
     charm       in that turn alone: 1 for a subject of other kin, .1 for one of the same, .8 for a wild twist. What it costs, details, style and
                 closeness to the start, stays: the quick win is a trap, and nobody who looks one turn ahead can see it
     choice      softmax over columns of tau utility (1 - fatigue t) + a habit for some position; with probability lapse, any column
@@ -121,9 +121,9 @@ class People(NamedTuple):
 
 class World:
     """Vectors of all words and types of people, from one seed. Its utilities are what an evaluation in it reads, and nobody else."""
-    WEIGHTS = (.27, .67, .67)                                                # of closeness, taste and finish
+    WEIGHTS = (.22, .4, .72)                                                # of closeness, taste and finish
 
-    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=12.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
+    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=15.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
         for name, x, low, high in (("novelty", novelty, 0, 10), ("deviation", deviation, 0, 10), ("lapse", lapse, 0, 1), ("tau", tau, 0, 1000),
                                    ("fatigue", fatigue, 0, .2), ("position", position, 0, 10), ("same", same, 0, 10)):
             if not low <= x <= high:

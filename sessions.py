@@ -1,0 +1,253 @@
+"""Simulated sessions, and what an agent is worth in them.
+
+A crowd is people who see slates and pick: of the hidden world (data.slate.World), or of a fitted user model. `simulate` lets a policy show them slates and
+returns the Log that it leaves. Every draw is a function of (seed, person, turn, column): policies meet the same people, starts, candidates and images.
+
+    n sessions   T turns   L columns   M images   C candidates   K types   d width of the embeddings
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import slate
+from data.slate import CATEGORIES, STYLES, stream, unit
+from ranking import mean_interval
+from slate_agent import Texts, View, candidate_scores, select
+
+
+# -----------------------------------------------------------------------------
+# Crowds
+
+
+class WorldCrowd:
+    """n people of the hidden world. persons (n,): sessions of one person share a taste."""
+
+    def __init__(self, world, n, seed, persons=None):
+        self.world, self.seed = world, seed
+        self.persons = np.arange(n) if persons is None else np.asarray(persons)
+        people = world.people(int(self.persons.max()) + 1 if n else 0, seed)
+        self.people = slate.People(*(x[self.persons] for x in people))
+        self.kind, self.name, self.num_kinds = self.people.kind, "world", world.num_types
+
+    def embed(self, texts):
+        return self.world.embed(texts)
+
+    def utilities(self, start, base, base_texts, texts, images):
+        """start, base (n, d), base_texts [n], texts [n][L], images (n, L, M, d) -> (n, L)."""
+        return self.world.utilities(self.people, start, base_texts, texts, images)
+
+    def probabilities(self, utilities, turn):
+        return self.world.probabilities(self.people, utilities, turn)
+
+    def compared(self, gain, noise):
+        return self.world.compared(gain, noise)
+
+    def wish(self):
+        """-> [n] words that each would say: the style that it likes best."""
+        return [STYLES[i] for i in (self.people.taste @ self.embed(list(STYLES)).T).argmax(1)]
+
+
+class ModelCrowd:
+    """n people of a fitted user model, each of one type. embed: texts -> (N, d), of the encoder that the model was fitted with."""
+
+    def __init__(self, model, n, seed, embed, kind=None, name="model"):
+        self.model, self.embed, self.name, self.num_kinds = model, embed, name, model.config.num_types
+        prior = model.log_prior.detach().double().softmax(0).numpy()
+        self.kind = stream(seed, "types").choice(len(prior), size=n, p=prior / prior.sum()) if kind is None else np.asarray(kind)
+        self.persons = np.arange(n)
+
+    @torch.no_grad()
+    def utilities(self, start, base, base_texts, texts, images):
+        tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x, np.float32))
+        found = self.model.utilities(tensor(start), tensor(base), tensor(images))                               # (n, L, K)
+        return found[torch.arange(len(found)), :, torch.from_numpy(self.kind)].double().numpy()
+
+    def probabilities(self, utilities, turn):
+        return slate.softmax(float(self.model.tau("choice")) * utilities)
+
+    def compared(self, gain, noise):
+        p = torch.sigmoid(self.model.tau("compare").detach() * torch.from_numpy(gain))
+        return np.where(torch.special.ndtr(torch.from_numpy(noise)) < p, 1, -1)                           # ndtr of a normal draw is a uniform one
+
+    @torch.no_grad()
+    def wish(self):
+        taste = torch.nn.functional.normalize(self.model.taste, dim=-1).numpy()[self.kind]
+        return [STYLES[i] for i in (taste @ self.embed(list(STYLES)).T).argmax(1)]
+
+
+# -----------------------------------------------------------------------------
+# Policies: (view, facts) -> (n, L) slates and a word for the log. facts: what a simulator knows and an agent does not
+
+
+class Facts(NamedTuple):
+    expected: object              # () -> (n, C) utility of each candidate to its person, without image noise
+    other: object                 # () -> (n, C) the same to a person of another type, drawn at random
+    draws: np.ndarray             # (n, C) uniform, the same for every policy
+    slate_size: int
+    max_per_category: int
+
+
+def random_policy(view, facts):
+    return select(facts.draws, view.categories, facts.slate_size, facts.max_per_category), "random"
+
+
+def base_policy(view, facts):
+    """The generator as it comes: the first candidate of each of the first L categories."""
+    order = -np.arange(view.categories.shape[1], dtype=float)
+    return select(np.broadcast_to(order, view.categories.shape), view.categories, facts.slate_size, facts.max_per_category), "base"
+
+
+def oracle_greedy(view, facts):
+    """Knows the person: the best slate for this turn alone."""
+    return select(facts.expected(), view.categories, facts.slate_size, facts.max_per_category), "oracle_greedy"
+
+
+def behavior_policy(shares):
+    """{"random": .5, "myopic": .3, "noisy": .2} -> the policy that fills a log: random slates; the best for a person of another type, drawn at random; the
+    same with noise. Each session's turn draws its own."""
+    names = list(shares)
+    edges = np.cumsum([shares[k] for k in names]) / sum(shares.values())
+
+    def policy(view, facts):
+        which = np.searchsorted(edges, facts.draws[:, 0] * .999999, side="right").clip(max=len(names) - 1)
+        pick = lambda scores: select(scores, view.categories, facts.slate_size, facts.max_per_category)
+        draws = np.roll(facts.draws, 1, 1)                                    # the first column has decided who shows
+        slates = {"random": lambda: pick(draws), "myopic": lambda: pick(facts.other()), "noisy": lambda: pick(facts.other() + .3 * (2 * draws - 1))}
+        out = np.zeros((len(which), facts.slate_size), np.int64)
+        for i, name in enumerate(names):
+            if (which == i).any():
+                out[which == i] = slates[name]()[which == i]
+        return out, [names[i] for i in which]
+    return policy
+
+
+def agent_policy(agent, device="cpu", name="agent"):
+    def policy(view, facts):
+        return select(candidate_scores(agent, view, device), view.categories, facts.slate_size, facts.max_per_category), name
+    return policy
+
+
+def parse_behavior(text):
+    """"random:.5,myopic:.3,noisy:.2" -> shares. ValueError: another policy, a share that is no positive number."""
+    shares = {}
+    for part in text.split(","):
+        name, _, share = part.partition(":")
+        if name not in ("random", "myopic", "noisy"):
+            raise ValueError(f"--behavior={text}: {name!r}: expected random, myopic or noisy, with shares, as random:.5,myopic:.5")
+        try:
+            shares[name] = float(share or 1)
+        except ValueError:
+            raise ValueError(f"--behavior={text}: {share!r} is no number") from None
+        if not 0 < shares[name] < float("inf"):
+            raise ValueError(f"--behavior={text}: expected shares above 0")
+    return shares
+
+
+# -----------------------------------------------------------------------------
+# Sessions
+
+
+class Simulated(NamedTuple):
+    log: slate.Log
+    kind: np.ndarray              # (n,) types of the persons
+    utility: np.ndarray           # (n, T, L) of all columns that were shown
+    picked: np.ndarray            # (n, T) of the column that was picked
+    ids: list                     # of the embeddings: prompts by their text, images by number
+    emb: np.ndarray               # (E, d) float16
+
+
+def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_prompt=4, max_per_category=1, seed=0, propose=slate.expansions, reward_at="chosen",
+             critique=0.0, source="sim:model", keep=True, texts=None):
+    """n sessions, one for each text of starts, with the persons of crowd. propose: (base text, seed, row, turn) -> [(category, text)].
+
+    critique: the share of turns at which a person says what it wishes. reward_at: chosen, the utility of the column that was picked (what the person got);
+    mean or best, of all columns; none, nothing is written (a log of real people). keep=False: no Log and no embeddings, for evaluations.
+    """
+    n, L, M = len(starts), slate_size, images_per_prompt
+    texts = texts or Texts()
+    start_emb = crowd.embed(starts)
+    d = start_emb.shape[1]
+    base, base_emb = list(starts), start_emb
+    start_row = base_row = texts.add(starts)
+    shown, shown_category, picked_rows, critiques = (np.zeros((n, 0, *s), np.int64) for s in ((L,), (L,), (), ()))
+    utility, got = np.zeros((n, horizon, L)), np.zeros((n, horizon))
+    kept = []
+    for t in range(horizon):
+        proposed = [propose(text, seed, i, t) for i, text in enumerate(base)]
+        C = max(map(len, proposed))
+        candidates = [[text for _, text in row] for row in proposed]
+        rows = texts.add([text for row in candidates for text in row])
+        lengths = np.array([len(row) for row in candidates])
+        present = np.arange(C) < lengths[:, None]
+        candidate_rows, categories = np.zeros((n, C), np.int64), np.full((n, C), -1)
+        candidate_rows[present] = rows
+        categories[present] = [CATEGORIES.index(c) for row in proposed for c, _ in row]
+        emb = np.zeros((n, C, d), np.float32)
+        emb[present] = crowd.embed([text for row in candidates for text in row])
+        padded = [row + [row[-1]] * (C - len(row)) for row in candidates]
+        pick_draw = stream(seed, "picks", t).random(n)
+        facts = Facts(expected=lambda: crowd.utilities(start_emb, base_emb, base, padded, emb[:, :, None]),                    # noqa: B023 called in this turn
+                      other=lambda: stranger(crowd, seed, t).utilities(start_emb, base_emb, base, padded, emb[:, :, None]),
+                      draws=stream(seed, "draws", t).random((n, C)), slate_size=L, max_per_category=max_per_category)
+        view = View(texts, t, start_row, base_row, shown, shown_category, picked_rows, critiques, candidate_rows, categories, crowd.kind)
+        slates, behavior = policy(view, facts)
+        columns = [[padded[i][j] for j in row] for i, row in enumerate(slates)]
+        noise = slate.IMAGE_NOISE * stream(seed, "images", t).standard_normal((n, L, M, d)) / d ** .5
+        images = unit(np.take_along_axis(emb, slates[:, :, None], 1)[:, :, None] + noise).astype(np.float32)
+        if keep:                                                              # a file holds float16: what is simulated is what a reader sees
+            images = images.astype(np.float16).astype(np.float32)
+        u = crowd.utilities(start_emb, base_emb, base, columns, images)
+        p = crowd.probabilities(u, t)
+        choice = (p.cumsum(1) < (pick_draw * p.sum(1))[:, None]).sum(1).clip(max=L - 1)
+        i = np.arange(n)
+        utility[:, t], got[:, t] = u, u[i, choice]
+        gain = got[:, t] - got[:, t - 1] if t else np.zeros(n)
+        compare = crowd.compared(gain, stream(seed, "compare", t).standard_normal(n)) if t else np.full(n, 2)
+        speaks = stream(seed, "critique", t).random(n) < critique
+        said = [f"more {w}" if s else "" for w, s in zip(crowd.wish(), speaks)] if speaks.any() else [""] * n
+        said_rows = np.full(n, -1)
+        said_rows[speaks] = texts.add([w for w in said if w])
+        if keep:
+            kept.append((candidate_rows, categories, slates, choice, compare, said, behavior if isinstance(behavior, list) else [behavior] * n, images))
+        of_slate = lambda x: np.take_along_axis(x, slates, 1)[:, None]
+        shown = np.concatenate([shown, of_slate(candidate_rows)], 1)
+        shown_category = np.concatenate([shown_category, of_slate(categories)], 1)
+        picked_rows = np.concatenate([picked_rows, choice[:, None]], 1)
+        critiques = np.concatenate([critiques, said_rows[:, None]], 1)
+        base = [columns[k][c] for k, c in enumerate(choice)]
+        base_row = texts.add(base)
+        base_emb = emb[i, slates[i, choice]]
+    rewards = {"chosen": got, "mean": utility.mean(2), "best": utility.max(2), "none": np.full((n, horizon), np.nan)}[reward_at]
+    if not keep:
+        return Simulated(None, crowd.kind, utility, got, [], np.zeros((0, d), np.float16))
+    C = max(k[0].shape[1] for k in kept)
+    pad = lambda x, fill: np.pad(x, ((0, 0), (0, C - x.shape[1])), constant_values=fill)
+    table = lambda values: np.stack(values, 1).reshape(n * horizon, *values[0].shape[1:])
+    person = [f"{source.removeprefix('sim:')}-{seed}-{p}" for p in crowd.persons]
+    users = list(dict.fromkeys(person))
+    number = {u: k for k, u in enumerate(users)}
+    digits = len(str(n))
+    sessions = [f"{source.removeprefix('sim:')}-{seed}-{k:0{digits}d}" for k in range(n)]
+    image_ids = [f"{s}/{t}/{l}/{m}" for s in sessions for t in range(horizon) for l in range(L) for m in range(M)]
+    log = slate.Log(
+        sessions, users, np.array([number[p] for p in person], np.int64), [source] * n, np.zeros(n, np.int64), start_row, np.arange(n + 1) * horizon,
+        list(texts.texts), table([pad(np.where(k[1] >= 0, k[0], -1), -1) for k in kept]), table([pad(k[1], -1) for k in kept]), table([k[2] for k in kept]),
+        table([k[3] for k in kept]), [kept[t][5][k] for k in range(n) for t in range(horizon)], table([k[4] for k in kept]), rewards.reshape(-1),
+        [kept[t][6][k] for k in range(n) for t in range(horizon)], image_ids, np.arange(n * horizon * L * M).reshape(n * horizon, L, M))
+    named = np.unique(np.concatenate([log.prompt, log.base]))
+    ids = [log.texts[k] for k in named] + image_ids
+    emb = np.concatenate([crowd.embed(ids[:len(named)]), np.stack([k[7] for k in kept], 1).reshape(-1, d)]).astype(np.float16)
+    return Simulated(log, crowd.kind, utility, got, ids, emb)
+
+
+def stranger(crowd, seed, turn):
+    """The same crowd with everybody's taste exchanged for that of a random other: what an agent that takes one person for another shows."""
+    order = stream(seed, "strangers", turn).permutation(len(crowd.kind))
+    if isinstance(crowd, WorldCrowd):
+        other = object.__new__(WorldCrowd)
+        other.__dict__ = crowd.__dict__ | dict(people=slate.People(*(x[order] for x in crowd.people)))
+    else:
+        other = object.__new__(ModelCrowd)
+        other.__dict__ = crowd.__dict__ | dict(kind=crowd.kind[order])
+    return other
