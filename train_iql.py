@@ -139,7 +139,7 @@ class MLP(nn.Module):
         w, b = self.weights[0], self.biases[0]
         x = torch.baddbmm(b, x.expand(len(w), *x.shape), w) if x.is_floating_point() else w[:, x] + b
         for w, b in zip(list(self.weights)[1:], list(self.biases)[1:]):
-            x = torch.baddbmm(b, x.relu(), w)
+            x = torch.baddbmm(b, x.relu_(), w)
         return x
 
 

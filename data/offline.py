@@ -359,12 +359,13 @@ KEYS = ("observations", "actions", "rewards", "terminals")
 
 def read_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as f:
-            return {name: f[name] for name in f.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:      # a single .npy array has no files, and fails as AttributeError
+        f = np.load(path, allow_pickle=False)
+        found = {name: f[name] for name in f.files} if isinstance(f, np.lib.npyio.NpzFile) else None
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path}: cannot be read as .npz ({e}): truncated, no .npz, or made of Python objects, which are not read") from None
-    except AttributeError:
-        raise ValueError(f"{path}: holds one array, expected an .npz with the arrays {', '.join(KEYS)}") from None
+    if found is None:
+        raise ValueError(f"{path}: holds one array, expected an .npz with the arrays {', '.join(KEYS)}")
+    return found
 
 
 def read_hdf5(path):
