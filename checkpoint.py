@@ -77,9 +77,9 @@ def config_from_hf(hf, path="config.json"):
 
 
 def config_to_hf(c, tokenizer, dtype):
-    """ModelConfig -> the dict of a config.json that transformers 4 and 5 read alike."""
-    if isinstance(c, RecommenderConfig):
-        return dict(architectures=["Recommender"], **asdict(c))
+    """ModelConfig -> the dict of a config.json that transformers 4 and 5 read alike; another dataclass, XConfig -> its fields, and X as the architecture."""
+    if not isinstance(c, ModelConfig):
+        return dict(architectures=[type(c).__name__.removesuffix("Config")], **asdict(c))
     stop_id = tokenizer.end_of_text_id if tokenizer.end_of_turn_id is None else tokenizer.end_of_turn_id
     architecture = "Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
     if c.qk_norm and c.qkv_bias:
@@ -171,6 +171,24 @@ def checked(path, files, model):
     return handles
 
 
+def load_weights(path, model):
+    """Every parameter of model from a folder that save or save_hf wrote, in place -> model. Names, shapes and the class of model.config are checked before
+    anything is copied. ValueError: another kind or size of model, a damaged file."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: no config.json there; expected a checkpoint folder (out/<name>/step_...)")
+    verify(path)
+    found, expected = (config.get("architectures") for config in (read_json(path / "config.json"), config_to_hf(model.config, None, None)))
+    if found != expected:
+        raise ValueError(f"{path}: holds {found}, expected {expected}")
+    files = weight_files(path)
+    handles = checked(path, files, model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(handles[files[name]].get_tensor(name))
+    return model
+
+
 class Catalogue(NamedTuple):
     """What a recommender's items are, in the place where a language model has its tokenizer."""
     item_ids: list          # raw id of item i at i - 1
@@ -198,13 +216,7 @@ def load_recommender(path, device="cpu"):
         raise ValueError(f"{path}/catalogue.json: expected item_ids and titles of {config.num_items} items")
     with torch.device("meta"):
         model = Recommender(config)
-    files = weight_files(path)
-    handles = checked(path, files, model)
-    model = model.to_empty(device=device)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(handles[files[name]].get_tensor(name))
-    return model, Catalogue(**catalogue)
+    return load_weights(path, model.to_empty(device=device)), Catalogue(**catalogue)
 
 
 def save_hf(model, tokenizer, path):
@@ -234,7 +246,8 @@ def write_hf(state_dict, config, tokenizer, path, scale):
     dtype = next(iter(state_dict.values())).dtype
     write_atomically(path / "config.json", json.dumps(config_to_hf(config, tokenizer, dtype), indent=2) + "\n")
     write_tensors(state_dict, path / "model.safetensors")
-    tokenizer.save(path)
+    if tokenizer is not None:
+        tokenizer.save(path)
 
 
 def write_tensors(state_dict, path):
@@ -287,7 +300,7 @@ def save(out_dir, step, model, tokenizer, optimizers, *, state, config, rank=0, 
 
     state: plain values that continue the run (data position, counters). config: the flags, for the record. extra: {name: tensor} beside
     the model, e.g. a target network. model: the Transformer or Recommender itself, not its DDP wrapper; a Recommender's Catalogue stands in the
-    tokenizer's place.
+    tokenizer's place, and None where a model has neither.
     """
     final = Path(out_dir) / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
