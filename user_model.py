@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+from calibration import save_figure
 from common import write_atomically
 
 TAU_RANGE = (0.1, 100.0)
@@ -88,6 +89,7 @@ def evidence(num_users, observations=None, pairs=None, ratings=None, dtype=torch
     parts = (observations if observations is not None else Observations(index, none(width), none(width), none(1, 1, width), *[index] * 5),
              pairs if pairs is not None else Pairs(index, none(width), none(width), none(width), none(), none()),
              ratings if ratings is not None else Ratings(index, none(width), none(width), none()))
+    parts = [kind(*part) for kind, part in zip((Observations, Pairs, Ratings), parts)]
     for part in parts:
         check(part, num_users, width)
     floats = {"start", "base", "images", "prompt", "image_a", "image_b", "image", "label", "weight", "rating"}
@@ -264,6 +266,12 @@ class UserModel(nn.Module):
         return [name for name, x in zip(TAUS, self.log_tau.tolist()) if not low + 1e-4 < x < high - 1e-4]
 
 
+    def describe(self):
+        """-> {entropy_pi in nats, min_pi, tau_<name>} as floats."""
+        pi = self.log_prior.detach().double().softmax(0)
+        return dict(entropy_pi=float(entropy(pi)), min_pi=float(pi.min()), **{f"tau_{name}": float(self.tau(name).detach()) for name in TAUS})
+
+
 # -----------------------------------------------------------------------------
 # Likelihoods: log-probability of one observation under each type
 
@@ -370,7 +378,7 @@ def occasions(data):
 
 def entropy(g):
     """Nats: (.., K) -> (..)."""
-    return -torch.xlogy(g, g).sum(-1)
+    return 0.0 - torch.xlogy(g, g).sum(-1)
 
 
 # -----------------------------------------------------------------------------
@@ -574,6 +582,53 @@ def recovery(types, g):
     np.add.at(table, (found, true), 1)
     matched = table[np.arange(n), assignment(table)].sum()
     return dict(ari=adjusted_rand(found, true), accuracy=float(matched / len(true)), certainty=float(np.asarray(g).max(1).mean()))
+
+
+# -----------------------------------------------------------------------------
+# A picture
+
+
+def picture(results, test, best, path):
+    """Likelihood and recovery over the steps of each start, what is learned of a user from observation to observation, and curves over K.
+
+    results: [{types, start, step, loss, ari?}], test: {K: evaluate's metrics}, both as train_user_model.py has them; best: the K that is kept.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    recovery_known, counts = "ari" in results[0], sorted(test)
+    turns = "by_nth" in test[best]
+    names = ["steps", *(["recovery"] if recovery_known else []), *(["observations"] if turns else []), *(["types"] if len(counts) > 1 else [])]
+    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.6), squeeze=False)
+    panel = dict(zip(names, axes[0]))
+    for start in sorted({r["start"] for r in results if r["types"] == best}):
+        mine = [r for r in results if r["types"] == best and r["start"] == start]
+        for name, key in (("steps", "loss"), ("recovery", "ari")):
+            if name in panel:
+                panel[name].plot([r["step"] for r in mine], [r[key] for r in mine], "o-", ms=2.5, lw=1, label=f"start {start}")
+    panel["steps"].set_title(f"{best} types: loss of validation users, nats", fontsize=10)
+    panel["steps"].set_xlabel("EM steps", fontsize=9)
+    if recovery_known:
+        panel["recovery"].set_title(f"{best} types: adjusted Rand, test users", fontsize=10)
+        panel["recovery"].set_xlabel("EM steps", fontsize=9)
+        panel["recovery"].set_ylim(-0.05, 1.05)
+    if turns:
+        for K in sorted({counts[0], best}):
+            panel["observations"].plot(test[K]["by_nth"]["choice_accuracy"], "o-", ms=2.5, lw=1, label="1 type" if K == 1 else f"{K} types")
+        panel["observations"].axhline(test[best]["prior"]["choice_accuracy"], color="#999999", lw=0.8, ls=":", label=f"{best} types, prior alone")
+        panel["observations"].set_title("choice accuracy, test users", fontsize=10)
+        panel["observations"].set_xlabel("observations of the user before", fontsize=9)
+    if len(counts) > 1:
+        for key in ("choice_accuracy", "compare_accuracy", "pair_accuracy", "spearman"):
+            for name, style in (("filtered", "o-"), ("prior", ":")):
+                if test[best][name].get(key) is not None:
+                    panel["types"].plot(counts, [np.nan if test[K][name][key] is None else test[K][name][key] for K in counts], style, ms=2.5, lw=1,
+                                        label=f"{key.replace('_', ' ')}, {name}")
+        panel["types"].set_xscale("log", base=2)
+        panel["types"].set_xticks(counts, map(str, counts))
+        panel["types"].set_xlabel("types", fontsize=9)
+        panel["types"].set_title("test users", fontsize=10)
+    save_figure(figure, axes[0], path)
 
 
 # -----------------------------------------------------------------------------
