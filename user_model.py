@@ -92,20 +92,24 @@ def evidence(num_users, observations=None, pairs=None, ratings=None, dtype=torch
     parts = [kind(*part) for kind, part in zip((Observations, Pairs, Ratings), parts)]
     for part in parts:
         check(part, num_users, width)
-    floats = {"start", "base", "images", "prompt", "image_a", "image_b", "image", "label", "weight", "rating"}
-    tensors = [type(part)(*(torch.as_tensor(np.asarray(value), dtype=dtype if name in floats else torch.int64, device=device)
-                            for name, value in part._asdict().items())) for part in parts]
-    return Evidence(*tensors, num_users)
+
+    def tensor(name, value):
+        value = np.require(value, requirements="W")                            # torch warns of what it cannot write to
+        if value.ndim > 1:                                                    # a norm of 1 as exact as dtype has it
+            return F.normalize(torch.as_tensor(value, dtype=dtype, device=device), dim=-1)
+        return torch.as_tensor(value, dtype=dtype if name in ("label", "weight", "rating") else torch.int64, device=device)
+    return Evidence(*(type(part)(*(tensor(name, value) for name, value in part._asdict().items())) for part in parts), num_users)
 
 
 def check(part, num_users, width):
     """ValueError: which column and row of an Observations, Pairs or Ratings (arrays) is not as its class says."""
     what = type(part).__name__.lower()
 
-    def stop(name, wrong, expected):
+    def stop(name, wrong, expected, shown="{}", values=None):
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            raise ValueError(f"{what}, row {row}: {name} is {np.asarray(getattr(part, name))[row]!s:.80}, expected {expected}")
+            value = np.asarray(getattr(part, name) if values is None else values)[row]
+            raise ValueError(f"{what}, row {row}: {name} {shown.format(value)}, expected {expected}")
     for name, value in part._asdict().items():
         value = np.asarray(value)
         if len(value) != len(part.user):
@@ -113,8 +117,9 @@ def check(part, num_users, width):
         if value.ndim > 1:
             if value.shape[-1] != width or value.ndim != (4 if name == "images" else 2):
                 raise ValueError(f"{what}: {name} has the shape {value.shape}, expected embeddings of width {width}")
-            norms = np.linalg.norm(value, axis=-1)
-            stop(name, ~(np.abs(norms - 1) < 1e-2).all(tuple(range(1, norms.ndim))), "finite embeddings of norm 1")         # 1e-2: float16 files
+            norms = np.linalg.norm(value, axis=-1).reshape(len(value), int(np.prod(value.shape[1:-1])))
+            far = norms[np.arange(len(norms)), np.abs(norms - 1).argmax(1)]                            # nan counts as the largest
+            stop(name, ~(np.abs(far - 1) < 1e-2), "1", "has norm {:.4g}", far)                         # 1e-2: float16 files
         elif value.dtype.kind == "f":
             stop(name, ~np.isfinite(value), "a finite number")
     user = np.asarray(part.user)
@@ -206,7 +211,7 @@ class UserModel(nn.Module):
     @torch.no_grad()
     def init_type(self, k, generator, direction=None):
         """Type k anew. direction (D,): where its taste points, any direction without it."""
-        K, D, r = self.config.num_types, self.config.width, self.config.rank
+        D, r = self.config.width, self.config.rank
         noise = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         taste = noise(D)
         self.taste[k] = (taste if direction is None else direction.cpu() / direction.norm().cpu() + 0.1 * taste / taste.norm()).to(self.taste)

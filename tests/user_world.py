@@ -15,7 +15,7 @@ def observations(seed=0, num_users=300, num_choices=20, num_types=4, width=16, c
     types = rng.integers(0, num_types, num_users)
     wanted = unit(tastes[types] + deviation * unit(rng.normal(size=(num_users, width))))
     out = {name: [] for name in Observations._fields}
-    last = last_value = None
+    last_value = None
     start = base = np.zeros((num_users, width))
     for n in range(num_choices):
         turn = n % turns
