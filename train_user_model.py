@@ -3,9 +3,11 @@
 With g_i(k) the posterior of user i's type given everything that i did, and p(x | k) as user_model.py has it,
 
     E    log g_i(k) = log pi_k + sum over all observations x of user i of log p(x | k) - logsumexp_k
-    M    gradient steps on  - 1/N sum_i sum_k g_i(k) sum_x log p(x | k),  g without a gradient;  pi_k = (sum_i g_i(k) + prior_count) / (I + K prior_count)
+    M    gradient steps on  - 1/N (sum_i sum_k g_i(k) sum_x log p(x | k) - shrink/2 sum_k |A_k - 1|^2),  g without a gradient;
+         pi_k = (sum_i g_i(k) + prior_count) / (I + K prior_count)
 
-for the I users of a step, all of them by default; of a mini-batch of users, pi takes a running mean. N is the number of observations of the step.
+for the I users of a step, all of them by default; of a mini-batch of users, pi takes a running mean. N is the number of observations of the step, and
+|A_k - 1|^2 is meant as the squares of its two factors.
 
 That EM, and types of user, are the paper's is known; how its user model was fitted is not, so what follows is ours: posteriors pooled over a user
 (--pool=sample treats each observation as a user of its own: with more types than columns every observation then finds a type that fits, and tau runs
@@ -64,6 +66,7 @@ class Config:
     restarts: int = 4                # starts of each num_types (ours)
     prior_count: float = 1.0         # users that each type is given in pi beforehand (ours)
     tau_init: float = 5.0            # tau at the start: inverse temperature of choices, pairs and comparisons (ours)
+    shrink: float = 3.0              # draws A_k to the identity: a normal prior of this precision on up and down; 0: maximum likelihood (ours)
     rating_sigma: float = 1.0        # standard deviation of a rating at the start (ours)
     pool: Literal["user", "sample"] = "user"            # a type for each user (ours), or for each observation (PASTA, secondary)
     em_temp: float = 1.0             # posteriors are flattened by this at the start, linearly less until half of the steps; 1: never (ours)
@@ -97,6 +100,11 @@ MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run")
 def m_loss(g, logps, group, num):
     """- sum_i sum_k g_i(k) sum_x log p(x | k) / num, to minimize. g (U, K) without gradient, logps (R, K), group (R,) the row of g of each observation."""
     return -(g.detach()[group] * logps.double()).sum() / num
+
+
+def penalty(model, shrink):
+    """- log of the normal prior on the low rank of A_k, without its constant: 300 users cannot afford 2 r d numbers for each type."""
+    return shrink / 2 * (model.up.double().square().sum() + model.down.double().square().sum())
 
 
 def updated_prior(log_prior, counts, total, prior_count, share):
@@ -185,7 +193,7 @@ def check(cfg):
     if not types or min(types) < 1 or len(set(types)) < len(types):
         raise ValueError(f"--num_types={cfg.num_types}: expected different whole numbers from 1, comma-separated")
     for key, least in dict(rank=0, restarts=1, num_steps=1, m_steps=1, single_steps=0, total_batch_size=0, device_batch_size=1, eval_every=0, save_every=0,
-                           prior_count=0, min_pi=0, em_temp=1, num_users=1, num_sessions=1).items():
+                           prior_count=0, shrink=0, min_pi=0, em_temp=1, num_users=1, num_sessions=1).items():
         if getattr(cfg, key) < least:
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected at least {least}")
     for key in ("lr", "lse_temp", "rating_sigma"):
@@ -300,8 +308,8 @@ def train(cfg):
                     logger.print(f"{label} step {step}: tau of {', '.join(names)} is at a bound of {user_model.TAU_RANGE}: the likelihood has run away "
                                  "(fewer --num_types, --pool=user), or these observations say nothing")
                 if last_step:
-                    logger.print(f"{label} | val loss {found['loss']:.4f} | " + " | ".join(
-                        f"{key} {value:.3f}" for key, value in (found["filtered"] | {k: result[k] for k in ("ari",) if k in result}).items() if value is not None))
+                    said = found["filtered"] | {key: result[key] for key in ("ari",) if key in result}
+                    logger.print(f"{label} | val loss {found['loss']:.4f} | " + " | ".join(f"{k} {v:.3f}" for k, v in said.items() if v is not None))
             if cfg.save_every and step > first_step and g_step % cfg.save_every == 0:
                 checkpoint.save(out_dir, g_step, model, origin, [optimizer], state=state | dict(stage=number, step=step), config=asdict(cfg), rank=rank,
                                 world_size=world_size)
@@ -344,6 +352,9 @@ def train(cfg):
                     loss = m_loss(g, logps, rows, num)
                     losses += loss.detach()
                     loss.backward()
+                held = penalty(model, cfg.shrink) * share / num                            # once, not once a rank; its share of a mini-batch
+                (held / world_size).backward()
+                losses = all_reduce_sum(losses) + held.detach()
                 sum_gradients(params)
                 for group in optimizer.param_groups:
                     group["lr"] = cfg.lr * lr_scale(step, cfg.num_steps, 0, cfg.decay_share)
@@ -351,7 +362,7 @@ def train(cfg):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 model.project()
-                halvings = backtrack(model, optimizer, before, blocks, posteriors, num, all_reduce_sum(losses)) if cfg.m_step == "backtrack" else 0
+                halvings = backtrack(model, optimizer, before, blocks, posteriors, num, cfg.shrink, losses) if cfg.m_step == "backtrack" else 0
             sums, fits = all_reduce_sum(sums), all_reduce_sum(fits)
             likelihood, uncertain, members = sums[K:].tolist()
             check_finite("train/loss", likelihood)
@@ -367,8 +378,7 @@ def train(cfg):
 
             # log
             seconds, facts = time.perf_counter() - t0, model.describe()
-            logger.log(g_step + 1, **{"train/loss": -likelihood / num, "train/posterior_entropy": uncertain / members, "train/halvings": halvings,
-                                      "train/reseeded": state["reseeded"].get(str(K), 0), "train/lr": optimizer.param_groups[0]["lr"]},
+            logger.log(g_step + 1, **{"train/loss": -likelihood / num, "train/penalty": float(held), "train/posterior_entropy": uncertain / members, "train/halvings": halvings, "train/reseeded": state["reseeded"].get(str(K), 0), "train/lr": optimizer.param_groups[0]["lr"]},
                        **{f"train/{key}": value for key, value in facts.items()}, **{"time/step": seconds, "time/users_per_sec": len(chosen) / seconds})
             if (step + 1) % max(1, cfg.num_steps // 4) == 0:
                 left = (time.monotonic() - started) / (g_step + 1 - begun_at) * (total - g_step - 1)
@@ -379,14 +389,14 @@ def train(cfg):
 
 
 @torch.no_grad()
-def backtrack(model, optimizer, before, blocks, posteriors, num, loss):
+def backtrack(model, optimizer, before, blocks, posteriors, num, shrink, loss):
     """Halves the step that led here until the M-step's loss is at most what it was -> how often. After 30 halvings the weights stay, and the moments are
     forgotten, so that the next step is along the gradient, which does go down."""
     params, reached = [p for p in model.parameters() if p.requires_grad], None
     for halvings in range(31):
         now = sum((m_loss(g, user_model.all_likelihoods(model, block)[0], rows, num) for block, (g, rows) in zip(blocks, posteriors)),
                   torch.zeros_like(loss))
-        if all_reduce_sum(now) <= loss:
+        if all_reduce_sum(now) + penalty(model, shrink) / num <= loss:
             return halvings
         if reached is None:
             reached = [p.clone() for p in params]
@@ -428,12 +438,14 @@ def finish(cfg, data, parts, true_types, all_types, state, origin, device, dtype
               *(["adjusted Rand", "matched"] if "ari" in test[best] else []), "entropy of pi", "min pi", "tau", "re-seeded"]
     for K in all_types:
         t = test[K]
-        rows.append([f"**{K}**" if K == best else str(K), *map(cell, [t["val_loss"], t["loss"], *(t[name].get(key) for key in columns for name in ("prior", "filtered")),
-                     *((t["ari"], t["accuracy"]) if "ari" in t else ()), t["entropy_pi"], t["min_pi"], t["tau_choice"], t["reseeded"]])])
+        values = [t["val_loss"], t["loss"], *(t[name].get(key) for key in columns for name in ("prior", "filtered")),
+                  *((t["ari"], t["accuracy"]) if "ari" in t else ()), t["entropy_pi"], t["min_pi"], t["tau_choice"], t["reseeded"]]
+        rows.append([f"**{K}**" if K == best else str(K), *map(cell, values)])
     if rank == 0:
         slots = data.everyone.observations.images.shape[1]
-        lines = [f"# User model of {cfg.data or cfg.single}\n", f"{parts[FIT].num_users:,} users fitted, {parts[VAL].num_users:,} validation, {parts[TEST].num_users:,} "
-                 f"test. Steps, starts and the number of types are selected on validation alone. Loss: minus log-likelihood per observation, in nats"
+        fit, val, held_out = (f"{part.num_users:,}" for part in parts)
+        lines = [f"# User model of {cfg.data or cfg.single}\n", f"{fit} users fitted, {val} validation, {held_out} test. Steps, starts and the number of types are "
+                 "selected on validation alone. Loss: minus log-likelihood per observation, in nats"
                  + (f"; choices are among {slots} columns: chance is {1 / slots:.3f}, {math.log(slots):.3f} nats" if slots > 1 else "") + ".\n",
                  "prior: the types' shares alone. filtered: after the user's earlier observations, never this one or a later one.\n", markdown(header, rows)]
         if state["at_bound"]:
