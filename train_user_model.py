@@ -249,7 +249,7 @@ def train(cfg):
         bytes_of = dict(weights=size * item, gradients=size * item, optimizer=2 * size * item, activations=rows * K * (4 * cfg.rank + 6) * item,
                         data=sum(t.numel() * t.element_size() for part in data.everyone[:3] for t in part) * 2)
         summary = asdict(cfg) | dict(width=width, stages=[f"K={K} start {start}" for K, start in stages], steps=total, **counts,
-                                     memory_mb={k: round(v / 2**20, 1) for k, v in bytes_of.items()})
+                                     memory_mb={k: round(v / 2**20, 3) for k, v in bytes_of.items()})
         if rank == 0:
             print(json.dumps(summary))
         return summary
@@ -378,7 +378,9 @@ def train(cfg):
 
             # log
             seconds, facts = time.perf_counter() - t0, model.describe()
-            logger.log(g_step + 1, **{"train/loss": -likelihood / num, "train/penalty": float(held), "train/posterior_entropy": uncertain / members, "train/halvings": halvings, "train/reseeded": state["reseeded"].get(str(K), 0), "train/lr": optimizer.param_groups[0]["lr"]},
+            logger.log(g_step + 1, **{"train/loss": -likelihood / num, "train/penalty": float(held.detach()), "train/posterior_entropy": uncertain / members,
+                                      "train/halvings": halvings, "train/reseeded": state["reseeded"].get(str(K), 0),
+                                      "train/lr": optimizer.param_groups[0]["lr"]},
                        **{f"train/{key}": value for key, value in facts.items()}, **{"time/step": seconds, "time/users_per_sec": len(chosen) / seconds})
             if (step + 1) % max(1, cfg.num_steps // 4) == 0:
                 left = (time.monotonic() - started) / (g_step + 1 - begun_at) * (total - g_step - 1)
@@ -444,8 +446,8 @@ def finish(cfg, data, parts, true_types, all_types, state, origin, device, dtype
     if rank == 0:
         slots = data.everyone.observations.images.shape[1]
         fit, val, held_out = (f"{part.num_users:,}" for part in parts)
-        lines = [f"# User model of {cfg.data or cfg.single}\n", f"{fit} users fitted, {val} validation, {held_out} test. Steps, starts and the number of types are "
-                 "selected on validation alone. Loss: minus log-likelihood per observation, in nats"
+        lines = [f"# User model of {cfg.data or cfg.single}\n", f"{fit} users fitted, {val} validation, {held_out} test. Steps, starts and the number of types "
+                 "are selected on validation alone. Loss: minus log-likelihood per observation, in nats"
                  + (f"; choices are among {slots} columns: chance is {1 / slots:.3f}, {math.log(slots):.3f} nats" if slots > 1 else "") + ".\n",
                  "prior: the types' shares alone. filtered: after the user's earlier observations, never this one or a later one.\n", markdown(header, rows)]
         if state["at_bound"]:

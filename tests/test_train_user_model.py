@@ -1,6 +1,7 @@
 """train_user_model.py and data/preferences.py: EM that climbs, finds the types that are there and none that are not, resumes exactly, and names what is wrong."""
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train_sft import flags, kill_9, metrics, run
-from user_world import observations, singles, unit
+from user_world import observations, singles, small_log, unit
 
 import checkpoint
 import train_user_model
@@ -20,21 +21,17 @@ from train_user_model import Config, m_loss, temperature, updated_prior
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(num_users=60, num_sessions=2, num_types="3", restarts=1, num_steps=6, eval_every=3, rank=1)
 WORLD = """
+import os
 import sys
 import torch
 import train_user_model
-from user_world import observations, singles
+from user_world import small_log
 
-def open_log(cfg):
-    obs, types = observations(cfg.seed, cfg.num_users, 5 * cfg.num_sessions, num_types=3, width=12, columns=3, images=2)
-    pairs, ratings, _ = singles(cfg.seed, cfg.num_users, 3)
-    return [f"u{i}" for i in range(cfg.num_users)], obs, pairs._asdict(), ratings._asdict(), types, "world"
-
-train_user_model.open_log = open_log
+train_user_model.open_log = small_log
 sums, number = train_user_model.sum_gradients, [0]
 def sum_gradients(params):
     sums(params)
-    if int(__import__("os").environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         torch.save([p.grad.clone() for p in params], f"gradients_{number[0]}.pt")
     number[0] += 1
 if __name__ == "__main__":
@@ -220,52 +217,78 @@ def test_every_setting_learns(more, world):
 # Equalities
 
 
-def gradients(name, ranks=1, **settings):
-    Path("world.py").write_text(WORLD)
-    import os
-    os.environ["PYTHONPATH_TESTS"] = ""
-    run("world.py", "--keep_gradients", *flags(name=name, **SMALL | dict(num_steps=2, eval_every=0) | settings), ranks=ranks)
-    return [torch.load(f"gradients_{i}.pt") for i in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def tests_on_the_path(monkeypatch):
-    """`run` sets PYTHONPATH to the repository; world.py needs the folder of the tests, too."""
+@pytest.fixture
+def small_world(monkeypatch):
+    """world.py for processes of their own, and the same world here."""
     import test_train_sft
-    monkeypatch.setattr(test_train_sft, "ROOT", f"{ROOT}{':'}{ROOT / 'tests'}")
-
-
-def test_the_gradient_is_equal_for_every_micro_batch_and_two_ranks():
-    """All users at once, seven at a time, on two ranks: two steps, so that posteriors and pi of the second come from the first."""
-    whole = gradients("dummy/whole", dtype="float64")
-    assert all(g.abs().max() > 1e-4 for g in whole[0])
-    for name, ranks, more in (("cut", 1, dict(device_batch_size=7)), ("two", 2, dict(device_batch_size=9))):
-        found = gradients(f"dummy/{name}", ranks, dtype="float64", **more)
-        for a, b in zip(sum(whole, []), sum(found, [])):
-            assert (a - b).abs().max() < 1e-12 * a.abs().max() + 1e-15
-        a, b = ([line for line in metrics(f"dummy/{n}") if "train/loss" in line] for n in ("whole", name))
-        assert all(x == pytest.approx(y, rel=1e-9) for x, y in zip(a, b))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_9_and_resume_is_exact(ranks):
-    """Killed in the first start and again in the second: weights, moments, selections, metrics and tables are bitwise those of a run that never stopped."""
+    monkeypatch.setattr(test_train_sft, "ROOT", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")           # what `run` puts on the path
     Path("world.py").write_text(WORLD)
-    values = SMALL | dict(num_types="1,3", restarts=2, num_steps=8, save_every=2, total_batch_size=20, min_pi=0.1, em_temp=2.0)
-    run("world.py", *flags(name="dummy/whole", **values), ranks=ranks)
-    for step, more in ((4, []), (14, ["--resume=latest"])):
-        process = run("world.py", *flags(name="dummy/killed", **values), *more, ranks=ranks, wait=False)
-        while not Path(f"out/dummy/killed/step_{step:06d}").exists():
-            assert process.poll() is None, process.communicate()
-        kill_9(process)
-    run("world.py", *flags(name="dummy/killed", **values), "--resume=latest", ranks=ranks)
-    assert metrics("dummy/killed") == metrics("dummy/whole")
-    for label in ("types_1", "types_3", last_step("dummy/whole").name, "step_000014"):
-        assert same(weights(f"out/dummy/whole/{label}"), weights(f"out/dummy/killed/{label}")), label
-    a, b = (json.loads(Path(f"out/dummy/{name}/results.json").read_text()) for name in ("whole", "killed"))
-    assert all(a[key] == b[key] for key in ("best", "test", "selected", "results"))
-    a, b = (torch.load(f"out/dummy/{name}/step_000014/optim_rank0.pt", weights_only=True) for name in ("whole", "killed"))
-    assert str(a) == str(b)
+    monkeypatch.setattr(train_user_model, "open_log", small_log)
+
+
+def gradients(monkeypatch, name, **settings):
+    """Of the first two steps, in this process."""
+    found, sums = [], train_user_model.sum_gradients
+
+    def record(params):
+        sums(params)
+        found.append([p.grad.clone() for p in params])
+    monkeypatch.setattr(train_user_model, "sum_gradients", record)
+    train_user_model.main(Config(name=name, **settings))
+    monkeypatch.setattr(train_user_model, "sum_gradients", sums)
+    return found[:2]
+
+
+def kill_at(step, *args, ranks):
+    process = run("world.py", *args, ranks=ranks, wait=False)
+    while not Path(f"out/dummy/killed/step_{step:06d}").exists():
+        assert process.poll() is None, process.communicate()
+    kill_9(process)
+
+
+def assert_the_same_run(a, b, step):
+    assert metrics(a) == metrics(b)
+    for label in ("types_1", "types_3", last_step(a).name, f"step_{step:06d}"):
+        assert same(weights(f"out/{a}/{label}"), weights(f"out/{b}/{label}")), label
+    left, right = (json.loads(Path(f"out/{name}/results.json").read_text()) for name in (a, b))
+    assert all(left[key] == right[key] for key in ("best", "test", "selected", "results"))
+    left, right = (torch.load(f"out/{name}/step_{step:06d}/optim_rank0.pt", weights_only=True) for name in (a, b))
+    assert str(left) == str(right)
+
+
+RESUMED = SMALL | dict(num_types="1,3", restarts=2, num_steps=8, save_every=2, total_batch_size=20, min_pi=0.1, em_temp=2.0)
+
+
+def test_kill_9_and_resume_is_exact(small_world):
+    """Killed in the first start and in the second: weights, moments, selections, metrics and tables are bitwise those of a run that never stopped."""
+    train_user_model.main(Config(name="dummy/whole", **RESUMED))
+    kill_at(4, *flags(name="dummy/killed", **RESUMED), ranks=1)
+    kill_at(14, *flags(name="dummy/killed", **RESUMED), "--resume=latest", ranks=1)
+    train_user_model.main(Config(name="dummy/killed", resume="latest", **RESUMED))
+    assert_the_same_run("dummy/whole", "dummy/killed", 14)
+
+
+def test_the_gradient_is_equal_for_every_micro_batch(small_world, monkeypatch):
+    """All users at once, seven at a time, one at a time; posteriors and pi of the second step come from the first."""
+    whole = gradients(monkeypatch, "dummy/whole", dtype="float64", **SMALL)
+    assert all(g.abs().max() > 1e-4 for g in whole[0]) and len(whole[0]) == 6
+    for size in (7, 1):
+        cut = gradients(monkeypatch, f"dummy/cut{size}", dtype="float64", device_batch_size=size, **SMALL)
+        for a, b in zip(sum(whole, []), sum(cut, [])):
+            assert (a - b).abs().max() < 1e-12 * a.abs().max() + 1e-15
+
+
+def test_two_ranks_are_one_rank_and_resume_exactly(small_world, monkeypatch):
+    values = RESUMED | dict(dtype="float64", device_batch_size=9)
+    run("world.py", "--keep_gradients", *flags(name="dummy/whole", **values), ranks=2)
+    one = gradients(monkeypatch, "dummy/one", **values)
+    for a, b in zip(sum(one, []), sum((torch.load(f"gradients_{i}.pt") for i in range(2)), [])):
+        assert (a - b).abs().max() < 1e-12 * a.abs().max() + 1e-15
+    a, b = (metrics(f"dummy/{name}") for name in ("one", "whole"))
+    assert len(a) == len(b) and all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(a, b))
+    kill_at(14, *flags(name="dummy/killed", **values), ranks=2)
+    run("world.py", *flags(name="dummy/killed", **values), "--resume=latest", ranks=2)
+    assert_the_same_run("dummy/whole", "dummy/killed", 14)
 
 
 def test_resume_refuses_other_settings_and_a_finished_run_says_it_again(world, capsys):

@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -528,7 +527,7 @@ def test_sessions_of_unequal_length_and_slates_of_another_size():
     metrics, _ = um.evaluate(model, data)
     assert len(metrics["by_nth"]["choice_accuracy"]) == 10 and len(data.observations.user) == 31
     whole = um.evidence(4, obs, dtype=torch.float64)
-    (a, user), (b, _) = um.all_likelihoods(model, whole), um.all_likelihoods(model, data)
+    (a, _), (b, _) = um.all_likelihoods(model, whole), um.all_likelihoods(model, data)
     assert torch.allclose(a[torch.from_numpy(keep)], b, atol=1e-13)
     two = um.evidence(4, obs._replace(images=obs.images[:, :2, :3], choice=obs.choice % 2))
     assert np.isfinite(um.evaluate(model.float(), two)[0]["loss"])
@@ -540,4 +539,3 @@ def test_sessions_of_unequal_length_and_slates_of_another_size():
 def test_bad_configs_are_refused(changes):
     with pytest.raises(ValueError, match="expected num_types"):
         replace(UserModelConfig(2, 4), **changes)
-    assert Path(um.__file__).exists()

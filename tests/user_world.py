@@ -54,3 +54,10 @@ def singles(seed=0, num_users=120, num=12, num_types=3, width=12, tau=8.0):
     label[rng.random(len(user)) < 0.05] = 0.5
     rating = 3 + 1.5 * value(a) + 0.5 * rng.normal(size=len(user))
     return Pairs(user, prompt, a, b, label, np.ones(len(user), np.float32)), Ratings(user, prompt, a, rating.astype(np.float32)), types
+
+
+def small_log(cfg):
+    """In place of train_user_model.open_log: turns, pairs and ratings of the same users."""
+    obs, types = observations(cfg.seed, cfg.num_users, 5 * cfg.num_sessions, num_types=3, width=12, columns=3, images=2)
+    pairs, ratings, _ = singles(cfg.seed, cfg.num_users, 3)
+    return [f"u{i}" for i in range(cfg.num_users)], obs, pairs._asdict(), ratings._asdict(), types, "world"
