@@ -2,28 +2,26 @@
 
     python -m data.clip --clip=clip-vit-base-patch32 --images=photos/ --texts=prompts.jsonl --out=prompts_and_photos.npz
 
-FOLDER of --clip: model.safetensors (or its sharded index, or pytorch_model.bin), config.json, and tokenizer.json or vocab.json with merges.txt.
+FOLDER of --clip: model.safetensors (or its sharded index), config.json, and tokenizer.json or vocab.json with merges.txt.
 Parameter names are those of transformers; OpenAI's own spelling of a state dict is converted. Sizes come from the tensors, what they cannot tell
 (heads, activation, eps) from config.json; a key that it lacks has OpenAI's value: width / 64 heads, quick_gelu, 1e-5. Vision Transformers only,
 not the ResNets. Where published configs err, the tokenizer is believed: the text's vector is read at the first end token, not at their eos_token_id 2.
 
 Two things differ from transformers on purpose. <|endoftext|> typed by a user is ordinary text here. Images of more than 8 bits a channel are refused:
-PIL would clip them to white. As there, an alpha channel is dropped, not blended, and the rotation in EXIF data is not applied.
+PIL would clip them to white. As there, what is transparent is blended with white (OpenAI's code and older versions of transformers drop the alpha
+channel), and the rotation in EXIF data is not applied.
 """
 import hashlib
 import json
 import math
 import os
-import struct
 import sys
 import unicodedata
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import regex
@@ -32,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import open_safetensors, read_json, sync, weight_files, weights_hash
+from checkpoint import open_safetensors, read_json, weight_files, weights_hash
 from common import parse_config, progress, write_atomically
 from data.chat import _parse_json, _short, open_lines
+from data.embeddings import save_embeddings
 from tokenizer import CHAR_TO_BYTE, token_ranks, utf8
 
 # -----------------------------------------------------------------------------
@@ -169,22 +168,15 @@ def from_original(weights):
 
 
 def read_weights(path):
-    """-> ({name: tensor}, the file or folder to name in errors), position ids left out."""
-    path, binary = Path(path), Path(path) / "pytorch_model.bin"
-    if binary.exists() and not any(path.glob("model.safetensors*")):
-        try:
-            weights = torch.load(binary, map_location="cpu", weights_only=True)
-        except Exception as e:                                   # OSError, RuntimeError, UnpicklingError: by where the damage is
-            raise ValueError(f"{binary}: cannot be read as plain tensors ({str(e).splitlines()[0]}); save them as model.safetensors") from None
-        where = binary
-    else:
-        files = weight_files(path)
-        handles = {f: open_safetensors(f) for f in set(files.values())}
-        gone = next((n for n, f in files.items() if n not in handles[f].keys()), None)
-        if gone:
-            raise ValueError(f"{files[gone]}: {gone} is missing, though the index names this file for it")
-        weights, where = {n: handles[f].get_tensor(n) for n, f in files.items()}, next(iter(handles)) if len(handles) == 1 else path
-    weights = {n: t for n, t in weights.items() if not n.endswith("position_ids")}      # old versions of transformers stored them
+    """-> ({name: tensor}, the file or folder to name in errors)."""
+    files = weight_files(path)
+    handles = {f: open_safetensors(f) for f in set(files.values())}
+    gone = next((n for n, f in files.items() if n not in handles[f].keys()), None)
+    if gone:
+        raise ValueError(f"{files[gone]}: {gone} is missing, though the index names this file for it")
+    # old versions of transformers stored position ids
+    weights = {n: handles[f].get_tensor(n) for n, f in files.items() if not n.endswith("position_ids")}
+    where = next(iter(handles)) if len(handles) == 1 else path
     return (from_original(weights) if any(n.startswith("visual.") for n in weights) else weights), where
 
 
@@ -370,6 +362,8 @@ def load_pixels(path, size):
             short = min(width, height)
             if max(width, height) > 100 * short:                # would be scaled to a side of 22,400 and more
                 raise ValueError(f"{width} x {height} pixels: too long to be scaled and cropped")
+            if "A" in image.getbands() or image.info.get("transparency") is not None:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB").resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
     except Exception as e:                                      # PIL's decoders raise whatever they stumble over
         raise ValueError(f"{path}: cannot be read as an image: {e}") from None
@@ -377,101 +371,6 @@ def load_pixels(path, size):
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
     pixels = (pixels - np.float32(PREPROCESSOR["image_mean"])) / np.float32(PREPROCESSOR["image_std"])
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-# -----------------------------------------------------------------------------
-# Files of embeddings
-
-
-class Embeddings(NamedTuple):
-    ids: list              # N different str
-    emb: np.ndarray        # (N, d) float16 or float32
-    model: str             # what made them: embeddings of two models cannot be compared
-    normalized: bool       # rows have length 1
-
-
-def _checked(e, where):
-    """e, or ValueError that begins with `where`."""
-    ids, emb = e.ids, e.emb
-    if emb.ndim != 2 or emb.dtype not in (np.float16, np.float32) or not emb.size:
-        raise ValueError(f"{where}: expected emb (N, d) of float16 or float32, not empty, found shape {emb.shape} of {emb.dtype}")
-    if len(ids) != len(emb):
-        raise ValueError(f"{where}: {len(ids)} ids for {len(emb)} rows of emb")
-    if len(set(ids)) < len(ids):
-        seen = set()
-        raise ValueError(f"{where}: the id {next(i for i in ids if i in seen or seen.add(i))!r} occurs twice")
-    if not isinstance(e.model, str) or not e.model or not isinstance(e.normalized, bool):
-        raise ValueError(f"{where}: expected the model's name and normalized true or false, found {e.model!r} and {e.normalized!r}")
-    for start in range(0, len(emb), 4096):                      # in blocks: the file may be larger than memory
-        norms = np.linalg.norm(emb[start:start + 4096].astype(np.float64), axis=1)
-        bad = ~np.isfinite(norms) | (e.normalized & (abs(norms - 1) > 0.01))
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(f"{where}: the row of {ids[start + row]!r} has length {norms[row]:.4g}, expected " + ("1" if e.normalized else "finite numbers"))
-    return e
-
-
-def save_embeddings(path, ids, emb, model, normalized):
-    """Writes an uncompressed .npz under a temporary name and renames it. See Embeddings; emb may be a memory map. The same input gives the same bytes."""
-    path = Path(path)
-    if path.suffix != ".npz" or any(not isinstance(i, str) or i.endswith("\0") for i in ids):          # numpy drops a NUL at the end
-        raise ValueError(f"{path}: expected a name that ends in .npz, and str ids")
-    _checked(Embeddings(list(ids), emb, model, normalized), path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        np.savez(f, ids=np.array(ids, dtype=np.str_), emb=emb, model=np.array(model), normalized=np.array(normalized))
-    sync(temporary)
-    os.replace(temporary, path)
-
-
-def load_embeddings(path):
-    """-> Embeddings, emb memory-mapped (read-only) unless the .npz is compressed. Everything is read once, to check sums and numbers.
-
-    ValueError: truncated or damaged, missing members, objects (no pickle is ever loaded), doubled ids, NaN, rows that are not of length 1 though
-    `normalized` says so.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} is damaged")
-            lacking = {"ids.npy", "emb.npy", "model.npy", "normalized.npy"} - set(archive.namelist())
-            if lacking:
-                raise ValueError(f"expected ids, emb, model and normalized, found no {', '.join(sorted(lacking))}")
-
-            def read(name):
-                with archive.open(f"{name}.npy") as member:
-                    return np.lib.format.read_array(member, allow_pickle=False)
-            ids, model, normalized = read("ids"), read("model"), read("normalized")
-            if ids.ndim != 1 or ids.dtype.kind != "U" or model.shape != () or model.dtype.kind != "U" or normalized.shape != () or normalized.dtype != bool:
-                raise ValueError(f"expected ids (N,) of str, model a str, normalized a bool, found {ids.dtype}, {model.dtype}, {normalized.dtype}")
-            info = archive.getinfo("emb.npy")
-            emb = read("emb") if info.compress_type != zipfile.ZIP_STORED else _mapped(path, info.header_offset)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        raise ValueError(f"{path}: cannot be read as a file of embeddings: {e}") from None
-    return _checked(Embeddings(ids.tolist(), emb, model.item(), normalized.item()), path)
-
-
-def _mapped(path, position):
-    """The .npy inside a zip whose local header (30 bytes, a name, extra fields) begins at `position`, mapped."""
-    with open(path, "rb") as f:
-        f.seek(position + 26)
-        f.seek(sum(struct.unpack("<HH", f.read(4))), 1)
-        version = np.lib.format.read_magic(f)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(f)
-        if dtype.hasobject or not math.prod(shape):
-            raise ValueError(f"expected numbers in emb, found {dtype} of shape {shape}")
-        return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
-
-
-def check_same(a, b):
-    """ValueError unless two Embeddings can be compared: of one model, in one width, both normalised or both not."""
-    for what in ("model", "normalized"):
-        if getattr(a, what) != getattr(b, what):
-            raise ValueError(f"two files of embeddings differ in {what}: {getattr(a, what)} and {getattr(b, what)}; embed prompts and images alike")
-    if a.emb.shape[1] != b.emb.shape[1]:
-        raise ValueError(f"two files of embeddings of {a.model} differ in width: {a.emb.shape[1]} and {b.emb.shape[1]}")
 
 
 # -----------------------------------------------------------------------------
@@ -519,8 +418,9 @@ def embed(model, tokenizer, out, images=None, texts=None, *, batch_size=64, dtyp
     out, images, texts = Path(out), images or {}, texts or {}
     if out.exists() or out.suffix != ".npz":
         raise ValueError(f"{out}: " + ("exists; delete it, or give another --out" if out.exists() else "expected a name that ends in .npz"))
-    if not images and not texts or images.keys() & texts.keys():
-        raise ValueError(f"expected images or texts, all with ids of their own, found {len(images)} and {len(texts)}, in both: {[*images.keys() & texts.keys()][:3]}")
+    both = sorted(images.keys() & texts.keys())
+    if not images and not texts or both:
+        raise ValueError(f"expected images or texts, all with ids of their own, found {len(images)} and {len(texts)}, with the same ids: {both[:3]}")
     ids, items = [*images, *texts], [*map(Path, images.values()), *texts.values()]
     starts = [*range(0, len(images), batch_size), *range(len(images), len(ids), batch_size)]         # no batch has both kinds
     batches = list(zip(starts, [*starts[1:], len(ids)]))
@@ -551,7 +451,8 @@ def embed(model, tokenizer, out, images=None, texts=None, *, batch_size=64, dtyp
                 features = model.image_features(torch.stack(list(pool.map(lambda p: load_pixels(p, model.config.image_size), items[start:stop]))).to(device))
             else:
                 features = model.text_features(tokenizer.encode(items[start:stop]).to(device))
-            features = (F.normalize(features, dim=-1) if normalize else features).cpu().numpy().astype(dtype)
+            with np.errstate(over="ignore"):                    # to infinity, and to the error below
+                features = (F.normalize(features, dim=-1) if normalize else features).cpu().numpy().astype(dtype)
             bad = ~np.isfinite(features).all(1)
             if bad.any():
                 raise ValueError(f"the embedding of {ids[start + int(bad.argmax())]!r} is not finite in {dtype}")
