@@ -237,8 +237,9 @@ def load_clip(path, device="cpu", dtype=torch.float32):
         if found != expected and not (isinstance(expected, list) and np.allclose(found, expected, atol=1e-6)):
             raise ValueError(f"{path}/preprocessor_config.json: {key} is {settings[key]}, only {expected} is supported")
     tokenizer = ClipTokenizer.from_folder(path, config.context)
-    if max(tokenizer.id_of_rank + [tokenizer.start_id, tokenizer.end_id]) >= config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has ids up to {max(tokenizer.id_of_rank)}, the model has {config.vocab_size} token embeddings")
+    largest = max(*tokenizer.id_of_rank, tokenizer.start_id, tokenizer.end_id)
+    if largest >= config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has ids up to {largest}, the model has {config.vocab_size} token embeddings")
     with torch.device("meta"):
         model = Clip(replace(config, end_id=tokenizer.end_id))
     wanted = {n: list(p.shape) for n, p in model.named_parameters()}

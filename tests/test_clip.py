@@ -221,6 +221,20 @@ def test_position_ids_are_dropped_and_half_precision_is_widened(folder, loaded, 
     assert model.name != loaded[0].name                         # other numbers, another name
 
 
+def test_sharded_folders(folder, loaded, tmp_path):
+    path, weights = changed(folder, tmp_path), load_file(folder / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    where = {n: f"model-0000{1 + n.startswith('vision')}-of-00002.safetensors" for n in weights}
+    for file in set(where.values()):
+        save_file({n: t for n, t in weights.items() if where[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    assert load_clip(path)[0].name == loaded[0].name
+    where["logit_scale"] = "model-00002-of-00002.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: logit_scale is missing"):
+        load_clip(path)
+
+
 def test_the_name_depends_on_settings_that_the_weights_do_not_show(folder, loaded, tmp_path):
     other = config_json(replace(TINY, vocab_size=len(vocabulary()), text=replace(TINY.text, num_heads=2)))
     assert load_clip(changed(folder, tmp_path, config=other))[0].name != loaded[0].name
@@ -253,6 +267,12 @@ def test_settings_that_do_not_fit_are_named(folder, tmp_path, change, error):
     config["text_config"] |= change
     with pytest.raises(ValueError, match=error):
         load_clip(changed(folder, tmp_path, config=config))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path):
+    name, config = "text_model.embeddings.token_embedding.weight", config_json(replace(TINY, vocab_size=100))
+    with pytest.raises(ValueError, match=f"the tokenizer has ids up to {len(vocabulary()) - 1}, the model has 100 token embeddings"):
+        load_clip(changed(folder, tmp_path, lambda w: w | {name: w[name][:100]}, config=config))
 
 
 def test_damaged_folders_are_named(folder, tmp_path):
