@@ -233,7 +233,8 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     settings = read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
     for key, expected in {**PREPROCESSOR, "size": config.image_size, "crop_size": config.image_size}.items():
         found = settings.get(key, expected)
-        found = next(iter(found.values()), None) if isinstance(found, dict) else found      # {"shortest_edge": 224}, {"height": 224, "width": 224}
+        if isinstance(found, dict):                             # a height and width as size would squash the image
+            found = found.get("shortest_edge" if key == "size" else "height")
         if found != expected and not (isinstance(expected, list) and np.allclose(found, expected, atol=1e-6)):
             raise ValueError(f"{path}/preprocessor_config.json: {key} is {settings[key]}, only {expected} is supported")
     tokenizer = ClipTokenizer.from_folder(path, config.context)

@@ -1,11 +1,8 @@
 """CLIP beside transformers on tiny random weights, its BPE, its pixels, files of embeddings, and every bad input by name."""
 import json
 import os
-import subprocess
-import sys
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from common import parse_config
 from data import clip
 from data.clip import Clip, ClipConfig, ClipTokenizer, Tower, embed, load_clip, load_pixels
 from data.embeddings import Embeddings, check_same, load_embeddings, save_embeddings
 from tokenizer import BYTE_TO_CHAR
 
-ROOT = Path(__file__).resolve().parents[1]
 MERGES = ["t h", "th e</w>", "a t</w>", "c at</w>", "i n", "in g</w>", "h e", "l l", "he ll", "hell o</w>", "p h", "ph o", "pho t", "phot o</w>",
           "í ķ", "íķ ľ", "l l</w>", "' s</w>", "! !", "!! !</w>", "a a", "aa aa", "aaaa a</w>", "Î ½", "o f</w>", "d o", "g s</w>"]
 # widths apart, heads that are not width / 64, odd patches
@@ -278,9 +275,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path
 def test_damaged_folders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="no config.json there"):
         load_clip(tmp_path / "nowhere")
-    path = changed(folder, tmp_path, preprocessor_config=dict(size=dict(shortest_edge=20), crop_size=20, resample=2))
-    with pytest.raises(ValueError, match="preprocessor_config.json: resample is 2, only 3 is supported"):
-        load_clip(path)
+    for change, error in ((dict(resample=2), "resample is 2, only 3 is supported"), (dict(image_mean=[0.5] * 3), "image_mean is"), (dict(crop_size=24), "crop_size is 24, only 20"),
+                          (dict(size=dict(height=20, width=20)), "size is .*only 20 is supported")):
+        path = changed(folder, tmp_path, preprocessor_config=dict(size=20, crop_size=20, resample=3) | change)
+        with pytest.raises(ValueError, match=f"preprocessor_config.json: {error}"):
+            load_clip(path)
     (path / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(shortest_edge=20), crop_size=dict(height=20, width=20), resample=3)))
     load_clip(path)
     (path / "tokenizer.json").unlink()
@@ -628,12 +627,11 @@ def test_images_of_a_folder_or_a_list(tmp_path, capsys):
     assert clip.image_files(tmp_path / "list.jsonl") == {"first": tmp_path / "images" / "0.png"}
 
 
-def test_command_line(tmp_path, folder):
+def test_command_line(tmp_path, folder, capsys):
     files = images(tmp_path / "images", 2)
     (tmp_path / "t.jsonl").write_text('{"id": "t1", "text": "the cat"}\n')
-    done = subprocess.run([sys.executable, "-m", "data.clip", f"--clip={folder}", f"--images={tmp_path}/images", f"--texts={tmp_path}/t.jsonl",
-                           f"--out={tmp_path}/a.npz", "--dtype=float16"], capture_output=True, text=True, cwd=ROOT)
-    summary = json.loads(done.stdout.splitlines()[-1])
+    clip.main(parse_config(clip.Config, [f"--clip={folder}", f"--images={tmp_path}/images", f"--texts={tmp_path}/t.jsonl", f"--out={tmp_path}/a.npz", "--dtype=float16"]))
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     e = load_embeddings(tmp_path / "a.npz")
     assert e.ids == [*files, "t1"] and summary["num_texts"] == 1 and summary["model"] == e.model and summary["width"] == 24 and e.emb.dtype == np.float16
     with pytest.raises(ValueError, match="expected --clip, --out, --images or --texts"):
