@@ -10,10 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import user_model
+from calibration import save_figure
+from ranking import paired_bootstrap
+from recommend import cell, markdown
 from data import slate
 from data.slate import CATEGORIES, STYLES, stream, unit
-from ranking import mean_interval
-from slate_agent import Texts, View, candidate_scores, select
+from slate_agent import Texts, View, candidate_scores, head_scores, select, select_by_choice
 
 
 # -----------------------------------------------------------------------------
@@ -123,8 +126,13 @@ def behavior_policy(shares):
 
 
 def agent_policy(agent, device="cpu", name="agent"):
+    """The best slate under f, the smaller of the heads; with a choice head, under what its picks would be worth."""
     def policy(view, facts):
-        return select(candidate_scores(agent, view, device), view.categories, facts.slate_size, facts.max_per_category), name
+        limits = (view.categories, facts.slate_size, facts.max_per_category)
+        if agent.config.choice_head:
+            found = head_scores(agent, view, device)
+            return select_by_choice(found[:-1].min(0), found[-1], *limits), name
+        return select(candidate_scores(agent, view, device), *limits), name
     return policy
 
 
@@ -251,3 +259,147 @@ def stranger(crowd, seed, turn):
         other = object.__new__(ModelCrowd)
         other.__dict__ = crowd.__dict__ | dict(kind=crowd.kind[order])
     return other
+
+
+# -----------------------------------------------------------------------------
+# What a log's turns were worth, where nobody wrote it down
+
+
+def label_rewards(model, log, embeddings):
+    """(N,) sum_k g(k) R_k(the picked column), g the posterior of the user over everything that it did in this log: a label for training, never an input.
+
+    embeddings: (ids, (E, d)) of the log's prompts and images.
+    """
+    order = np.argsort(log.user, kind="stable")                               # of sessions, as observations has them
+    data = user_model.evidence(len(log.user_ids), slate.observations(log, *embeddings))
+    with torch.no_grad():
+        o = data.observations
+        logps, user = user_model.all_likelihoods(model, data)
+        g = user_model.posterior(model, logps, user, data.num_users)                                    # (U, K)
+        picked = model.utilities(o.start, o.base, o.images)[torch.arange(len(o.user)), o.choice]        # (N, K)
+        value = (g[o.user] * picked.double()).sum(1).numpy()
+    turns = np.concatenate([np.arange(log.first[s], log.first[s + 1]) for s in order])
+    out = np.empty(len(log.choice))
+    out[turns] = value
+    return out
+
+
+def world_log(world, seed, *, num_users=700, num_sessions=1, shuffled=False, **settings):
+    """A log of real people: of the hidden world, no utility written. -> Simulated. shuffled: every pick is drawn anew, at random: nothing can be learned."""
+    persons = np.repeat(np.arange(num_users), num_sessions)
+    crowd = WorldCrowd(world, len(persons), seed, persons)
+    if shuffled:
+        crowd.probabilities = lambda utilities, turn: np.full_like(utilities, 1 / utilities.shape[1])
+    policy = settings.pop("policy", None) or behavior_policy(dict(random=.5, myopic=.3, noisy=.2))
+    return simulate(crowd, slate.start_prompts(len(persons), seed)[0], policy, seed=seed, source="human", **dict(reward_at="none") | settings)
+
+
+# -----------------------------------------------------------------------------
+# Tables and pictures of an evaluation: {(crowd, policy): (n, T) utilities of the picks}, rows of all policies of a crowd are the same people
+
+
+POLICIES = dict(base="generator as it comes", random="random slates", bc="cloned slates", myopic="one turn ahead", iql="IQL", oracle_greedy="knows the person, one turn ahead",
+                oracle_type="IQL that is told the type")
+
+
+def compare(found, seed=0):
+    """-> {crowd: {policy: {mean, last_turn, by_turn, improved, wins, less_random, gap}}}.
+
+    mean: utility per turn; improved: share of sessions whose last pick is worth more than the first; wins: share of sessions better than base, ties half;
+    less_random: last turn less that of random slates [95 %, paired bootstrap over people]; gap: share of the way from random to oracle_type, last turn.
+    """
+    results = {}
+    for (crowd, policy), x in found.items():
+        base, random = found[crowd, "base"], found[crowd, "random"]
+        oracle = found.get((crowd, "oracle_type"))
+        better = x.mean(1) - base.mean(1)
+        way = None if oracle is None else float(oracle[:, -1].mean() - random[:, -1].mean())
+        results.setdefault(crowd, {})[policy] = dict(
+            mean=float(x.mean()), last_turn=float(x[:, -1].mean()), by_turn=x.mean(0).tolist(), improved=float((x[:, -1] > x[:, 0]).mean()),
+            wins=float(((better > 0) + .5 * (better == 0)).mean()), less_random=paired_bootstrap(x[:, -1], random[:, -1], seed=seed),
+            gap=None if not way else float((x[:, -1].mean() - random[:, -1].mean()) / way))
+    return results
+
+
+def report(name, found, results, kinds, specific, trained_in, best):
+    """-> lines of markdown."""
+    lines = [f"# {name}: slates for people who were held out\n",
+             "Selected on people of the simulator: " + ", ".join(f"{label} at step {b['step']} (utility {b['score']:.4f})" for label, b in best.items()) + ".\n"]
+    for crowd, of_crowd in results.items():
+        people = len(next(x for (c, _), x in found.items() if c == crowd))
+        lines += [f"## {crowd}: {'who the agents were trained with' if crowd == trained_in else 'whom training never saw'}, {people:,} people\n",
+                  markdown(["policy", "utility per turn", "last turn", "less random, last turn", "last pick above first", "above base", "of the way to oracle_type"], [
+                      [policy, cell(r["mean"]), cell(r["last_turn"]), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["less_random"]), cell(r["improved"], 3), cell(r["wins"], 3),
+                       cell(r["gap"], 2)] for policy, r in of_crowd.items()])]
+        rows = [[policy, *(cell(float(found[crowd, policy][mask].mean())) for mask in (~specific, specific) if mask.any()),
+                 *(cell(float(found[crowd, policy][kinds[crowd] == k].mean())) if (kinds[crowd] == k).any() else "-" for k in range(kinds[crowd].max() + 1))]
+                for policy in of_crowd]
+        header = [label for label, mask in (("vague start", ~specific), ("specific start", specific)) if mask.any()]
+        lines.append(markdown(["utility per turn", *header, *(f"type {k}" for k in range(kinds[crowd].max() + 1))], rows))
+    if trained_in in results and len(results) > 1:
+        others = [c for c in results if c != trained_in]
+        lines += ["## What the simulator promised and others gave: gain over random slates, utility per turn\n",
+                  markdown(["policy", trained_in, *others], [
+                      [p, *(cell(results[c][p]["mean"] - results[c]["random"]["mean"]) if p in results[c] else "-" for c in (trained_in, *others))]
+                      for p in results[trained_in] if p != "random"])]
+    return lines
+
+
+def picture(found, history, path):
+    """Utility by turn in each crowd, and over training with the crowd that selects."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    crowds = list(dict.fromkeys(c for c, _ in found))
+    fig, axes = plt.subplots(1, len(crowds) + 1, figsize=(5.2 * (len(crowds) + 1), 4.2), squeeze=False)
+    for ax, crowd in zip(axes[0], crowds):
+        for policy in (p for c, p in found if c == crowd):
+            x = found[crowd, policy]
+            half = 1.96 * x.std(0) / len(x) ** .5
+            turns = np.arange(1, x.shape[1] + 1)
+            line, = ax.plot(turns, x.mean(0), "--" if policy.startswith("oracle") else "-", label=POLICIES.get(policy, policy), color=COLORS.get(policy))
+            ax.fill_between(turns, x.mean(0) - half, x.mean(0) + half, alpha=.15, color=line.get_color(), lw=0)
+        ax.set(title=f"Utility of the picks: {crowd}", xlabel="turn", ylabel="utility, 95 % over people", xticks=turns)
+    for label in dict.fromkeys(r["stage"] for r in history):
+        points = [(r["step"], r["eval/utility"]) for r in history if r["stage"] == label]
+        axes[0, -1].plot(*zip(*points), "o-", ms=3, label=label, color=COLORS.get(label))
+    axes[0, -1].set(title="While training: people of the simulator", xlabel="step", ylabel="utility per turn")
+    save_figure(fig, list(axes[0]), path)
+
+
+COLORS = {"base": "#999999", "random": "#cccccc", "bc": "#edae49", "myopic": "#d1495b", "iql": "#2e86ab", "oracle_greedy": "#66605b", "oracle_type": "#3a7d44"}
+
+
+def storyboard(story, path, session=None):
+    """{policy: Simulated} of the same people -> a picture: each turn's columns with their prompts and utilities, the pick framed. session: which one; None: the one
+    where the last pick of the second policy exceeds that of the first most."""
+    import textwrap
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    policies = list(story)
+    if session is None:
+        session = int((story[policies[-1]].picked[:, -1] - story[policies[0]].picked[:, -1]).argmax())
+    T, L = story[policies[0]].utility.shape[1:]
+    fig, axes = plt.subplots(1, len(policies), figsize=(8.5 * len(policies), 1.25 * T + .8), squeeze=False)
+    low, high = (f([s.utility[session].ravel() for s in story.values()]) for f in (np.min, np.max))
+    for ax, policy in zip(axes[0], policies):
+        s = story[policy]
+        log = s.log
+        for t in range(T):
+            n = log.first[session] + t
+            for l in range(L):
+                u, chosen = s.utility[session, t, l], l == log.choice[n]
+                shade = (u - low) / (high - low + 1e-9)
+                ax.add_patch(plt.Rectangle((l + .03, T - t - .95), .94, .9, fc=(1 - .55 * shade, 1 - .2 * shade, 1 - .45 * shade), ec="#222222" if chosen else "#dddddd",
+                                           lw=2.2 if chosen else .8))
+                text = log.texts[log.candidates[n, log.slate[n, l]]]
+                ax.text(l + .5, T - t - .47, "\n".join(textwrap.wrap(text, 24)) + f"\n{u:.2f}", ha="center", va="center", fontsize=7.5,
+                        fontweight="bold" if chosen else "normal")
+            if log.critique[n]:
+                ax.text(L + .03, T - t - .5, f"“{log.critique[n]}”", fontsize=8, va="center", style="italic")
+            ax.text(-.05, T - t - .5, f"turn {t + 1}", ha="right", va="center", fontsize=9)
+        ax.set(title=f"{POLICIES.get(policy, policy)}: starts from “{log.texts[log.prompt[session]]}”, ends at {s.picked[session, -1]:.2f}", xlim=(-.5, L + .8), ylim=(0, T + .05))
+        ax.set_axis_off()
+    fig.suptitle("One person, two agents: columns as shown, the pick framed, darker is worth more to this person", fontsize=10)
+    save_figure(fig, list(axes[0]), path)

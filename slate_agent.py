@@ -11,8 +11,9 @@ session written out, through the repository's Transformer, a row for each (h, p)
 """
 import functools
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from common import write_atomically
-from data.slate import CATEGORIES
+from data.slate import CATEGORIES, softmax
 from model import Block, ModelConfig, ScalarHead, Transformer, config_for_size
 from tokenizer import Tokenizer
 
@@ -89,7 +90,11 @@ class Sessions(NamedTuple):
     terminal: torch.Tensor        # (S, T) float32: 1 at the last turn of a session that ended, at horizon or by quitting
     valid: torch.Tensor           # (S, T) bool
 
+    def to(self, device):
+        return self._replace(batch=self.batch.to(device), **{k: getattr(self, k).to(device) for k in self._fields[2:]})
+
     def take(self, rows):
+        rows = torch.as_tensor(rows, device=self.reward.device)
         return self._replace(batch=Batch(self.batch.words, *(x[rows] for x in self.batch[1:])), **{k: getattr(self, k)[rows] for k in self._fields[2:]})
 
 
@@ -130,6 +135,8 @@ class SlateAgentConfig:
     turn_number: bool = True          # the state knows which turn it is
     num_kinds: int = 0                # types that an oracle is told; 0: none
     num_q: int = 2                    # heads of f
+    share_trunk: bool = True          # v and f read one trunk
+    choice_head: bool = False         # one more head, of which column is picked, after those of f
     trunk: dict = field(default_factory=dict)         # text: settings of the Transformer
 
     def __post_init__(self):
@@ -174,7 +181,11 @@ class SlateAgent(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.item = nn.Linear(D, D)
         self.value_up, self.value = nn.Linear(D, 128), ScalarHead(128)
-        self.score = Score(c.num_q, D)
+        self.score = Score(c.num_q + c.choice_head, D)
+        if not c.share_trunk:
+            self.of_value = SlateAgent(replace(c, share_trunk=True))          # its states alone are read
+            for part in ("item", "value_up", "value", "score", "offset"):
+                delattr(self.of_value, part)
         self.offset = nn.Parameter(torch.zeros(c.max_turns + 1))              # by turn, of v and f alike: starts at the mean return from there on
 
     def init_weights(self, seed):
@@ -230,7 +241,8 @@ class SlateAgent(nn.Module):
         -> v (B, T + 1) fp32, f (num_q, B, T', K) fp32."""
         h = self.states(b)
         offset = self.offset[torch.arange(h.shape[1], device=h.device).clamp(max=self.config.max_turns)]
-        v = self.value(F.relu(self.value_up(h))) + offset
+        own = h if self.config.share_trunk else self.of_value.states(b)
+        v = self.value(F.relu(self.value_up(own))) + offset
         p = self.item(self.text(b.words, rows) + self.category(categories.clamp(min=0)))
         return v, self.score(h[:, :rows.shape[1], None], p) + offset[:rows.shape[1], None]
 
@@ -317,6 +329,23 @@ def select(scores, categories, slate_size, max_per_category=1):
     return order[:, :slate_size]
 
 
+def select_by_choice(scores, logits, categories, slate_size, max_per_category=1, size=64):
+    """The slate of the largest sum of softmax(logits) scores, by trying all legal ones (3,125 of 25 candidates in 5 categories): such a value has no best item.
+    scores, logits (n, C) float, categories (n, C) -> (n, L) int64, in the order of candidates."""
+    out = np.empty((len(scores), slate_size), np.int64)
+    for pattern in np.unique(categories, axis=0):                             # rows with equal categories have the same legal slates
+        rows = np.flatnonzero((categories == pattern).all(1))
+        legal = np.array([s for s in itertools.combinations(np.flatnonzero(pattern >= 0), slate_size)
+                          if not max_per_category or max(np.bincount(pattern[list(s)])) <= max_per_category])
+        if not len(legal):
+            raise ValueError(f"no legal slate of {slate_size}: more categories, or --max_per_category=0")
+        for i in range(0, len(rows), size):
+            part = rows[i:i + size]
+            weights = softmax(logits[part][:, legal])                         # (n, slates, L)
+            out[part] = legal[(weights * scores[part][:, legal]).sum(2).argmax(1)]
+    return out
+
+
 class View(NamedTuple):
     """What n sessions look like when a slate is due; texts are rows of `texts`."""
     texts: Texts
@@ -332,9 +361,14 @@ class View(NamedTuple):
     kind: np.ndarray              # (n,) true types, for oracles alone
 
 
-@torch.no_grad()
 def candidate_scores(agent, view, device="cpu", size=512):
-    """-> (n, C) float64: the smaller of the heads' f for every candidate of this turn."""
+    """-> (n, C) float64: the smallest of the heads' f for every candidate of this turn."""
+    return head_scores(agent, view, device, size)[:agent.config.num_q].min(0)
+
+
+@torch.no_grad()
+def head_scores(agent, view, device="cpu", size=512):
+    """-> (num_q, n, C) float64 of every candidate of this turn; with a choice head one more, its logits."""
     words = torch.from_numpy(view.texts.words[:len(view.texts.texts)]).to(device)
     found = []
     for i in range(0, len(view.start), size):
@@ -348,7 +382,7 @@ def candidate_scores(agent, view, device="cpu", size=512):
         T = view.turn
         rows, categories = (x[:, None].expand(-1, T + 1, -1).to(device) for x in part[5:7])
         found.append(last_scores(agent, b, rows, categories))
-    return np.concatenate(found)
+    return np.concatenate(found, 1)
 
 
 def last_scores(agent, b, rows, categories):
@@ -357,10 +391,10 @@ def last_scores(agent, b, rows, categories):
         keep = rows.clone()
         quiet = categories.clone()
         quiet[:, :T] = -1                                                     # earlier turns need no scores
-        return agent(b, keep, quiet)[1][:, :, -1].amin(0).double().cpu().numpy()
+        return agent(b, keep, quiet)[1][:, :, -1].double().cpu().numpy()
     h = agent.states(b)[:, -1:]
     p = agent.item(agent.text(b.words, rows[:, -1:]) + agent.category(categories[:, -1:].clamp(min=0)))
-    return agent.score(h[:, :, None], p)[:, :, 0].amin(0).double().cpu().numpy()
+    return agent.score(h[:, :, None], p)[:, :, 0].double().cpu().numpy()
 
 
 # -----------------------------------------------------------------------------
