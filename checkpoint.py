@@ -78,8 +78,8 @@ def config_from_hf(hf, path="config.json"):
 
 def config_to_hf(c, tokenizer, dtype):
     """ModelConfig -> the dict of a config.json that transformers 4 and 5 read alike."""
-    if isinstance(c, RecommenderConfig):
-        return dict(architectures=["Recommender"], **asdict(c))
+    if not isinstance(c, ModelConfig):
+        return dict(architectures=[type(c).__name__.removesuffix("Config")], **asdict(c))
     stop_id = tokenizer.end_of_text_id if tokenizer.end_of_turn_id is None else tokenizer.end_of_turn_id
     architecture = "Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
     if c.qk_norm and c.qkv_bias:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import checkpoint
 from common import write_atomically
 from data.slate import CATEGORIES
-from model import Block, ModelConfig, ScalarHead, Transformer, config_for_size
+from model import Block, ModelConfig, RopeScaling, ScalarHead, Transformer, config_for_size
 from tokenizer import Tokenizer
 
 NUM_WORDS, MAX_WORDS = 2048, 24
@@ -196,12 +196,25 @@ class SlateAgent(nn.Module):
         """rows (...) of words (U, W) -> (..., D)."""
         return self.word(words[rows.flatten()]).view(*rows.shape, self.config.hidden_size)
 
+    def number(self, turns):
+        """(T,) turns -> (T,) the rows of `turn` and `offset` that they read: all the same one where the state may not know its turn."""
+        return turns.clamp(max=self.config.max_turns) if self.config.turn_number else torch.zeros_like(turns)
+
     def states(self, b):
         """Batch -> (B, T + 1, D): h before each turn, and after the last."""
+        T, most = b.shown.shape[1], self.config.max_turns
+        if T <= most:
+            return self.window(b, 0)
+        # a pass for each state past max_turns: a mask would not do, since a second layer reads what the first one read before it
+        part = lambda t: b._replace(**{k: getattr(b, k)[:, t - most:t] for k in ("shown", "shown_category", "picked", "critique")})
+        return torch.cat([self.window(part(most), 0), *(self.window(part(t), t - most)[:, -1:] for t in range(most + 1, T + 1))], 1)
+
+    def window(self, b, first):
+        """states of a Batch of at most max_turns turns, which are turns first, first + 1, .. of their sessions."""
         B, T, L = b.shown.shape
         device, c = b.shown.device, self.config
         turns = torch.arange(T + 1, device=device)
-        number = turns.clamp(max=c.max_turns) if c.turn_number else torch.zeros_like(turns)
+        number = self.number(first + turns)
         start = self.text(b.words, b.start) + self.role.weight[0]                                              # (B, D)
         is_picked = (torch.arange(L, device=device) == b.picked[:, :, None]).long()                            # (B, T, L)
         shown = self.text(b.words, b.shown) + self.category(b.shown_category) + self.role(1 + is_picked) + self.turn(number[:T])[:, None]
@@ -210,12 +223,12 @@ class SlateAgent(nn.Module):
         if c.num_kinds:
             state = state + self.kind(b.kind)[:, None]
         x = torch.cat([start[:, None], shown.flatten(1, 2), said, state], 1)                                   # (B, 1 + T L + T + T + 1, D)
-        # a token is seen by those of its own turn and of later ones, up to max_turns later; a state by itself alone
+        # a token is seen by those of its own turn and of later ones; a state by itself alone
         turn = torch.cat([turns.new_zeros(1), turns[:T].repeat_interleave(L), turns[:T], turns])
         is_state = torch.arange(len(turn), device=device) >= len(turn) - T - 1
         is_start = torch.arange(len(turn), device=device) == 0
         age = turn[:, None] - turn                                                                             # of the key, for each query
-        mask = is_start | (~is_state & (age >= is_state[:, None].long()) & (age <= c.max_turns) & ~is_start[:, None])
+        mask = is_start | (~is_state & (age >= is_state[:, None].long()) & ~is_start[:, None])
         mask = (mask | torch.eye(len(turn), dtype=torch.bool, device=device)).expand(B, 1, -1, -1)
         if bool((b.critique < 0).any()):
             silent = torch.cat([b.critique.new_zeros(B, 1 + T * L, dtype=torch.bool), b.critique < 0, b.critique.new_zeros(B, T + 1, dtype=torch.bool)], 1)
@@ -229,7 +242,7 @@ class SlateAgent(nn.Module):
         """b: Batch; rows (B, T', K) of texts and categories (B, T', K) to be scored in the first T' of the T + 1 states.
         -> v (B, T + 1) fp32, f (num_q, B, T', K) fp32."""
         h = self.states(b)
-        offset = self.offset[torch.arange(h.shape[1], device=h.device).clamp(max=self.config.max_turns)]
+        offset = self.offset[self.number(torch.arange(h.shape[1], device=h.device))]
         v = self.value(F.relu(self.value_up(h))) + offset
         p = self.item(self.text(b.words, rows) + self.category(categories.clamp(min=0)))
         return v, self.score(h[:, :rows.shape[1], None], p) + offset[:rows.shape[1], None]
@@ -241,7 +254,9 @@ class TextSlateAgent(nn.Module):
     def __init__(self, config, tokenizer, texts=None):
         super().__init__()
         self.config, self.tokenizer, self.texts = config, tokenizer, texts
-        trunk = ModelConfig(**config.trunk) if config.trunk else config_for_size("nano", tokenizer.vocab_size)
+        scaling = config.trunk.get("rope_scaling")                            # a dict again, where the config was read from a file
+        trunk = (ModelConfig(**config.trunk | dict(rope_scaling=RopeScaling(**scaling) if isinstance(scaling, dict) else scaling)) if config.trunk
+                 else config_for_size("nano", tokenizer.vocab_size))
         self.lm = Transformer(trunk)
         del self.lm.lm_head                                                   # no token is predicted
         self.value = ScalarHead(trunk.hidden_size)
@@ -253,6 +268,8 @@ class TextSlateAgent(nn.Module):
         self.lm.lm_head = self.lm.model.embed_tokens                          # init_weights of a language model wants its head
         self.lm.init_weights(seed)
         del self.lm.lm_head
+        if self.config.num_kinds:
+            nn.init.normal_(self.kind.weight, 0, .5, generator=torch.Generator().manual_seed(seed))
         return self
 
     def history(self, b, row, turn):
@@ -261,7 +278,7 @@ class TextSlateAgent(nn.Module):
         said = [f"start: {text[b.start[row]]}"]
         for t in range(max(0, turn - self.config.max_turns), turn):
             shown = " | ".join(("> " if l == b.picked[row, t] else "") + text[x] for l, x in enumerate(b.shown[row, t].tolist()))
-            said.append(f"{t + 1}: {shown}" + (f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""))
+            said.append((f"{t + 1}: {shown}" if self.config.turn_number else f"shown: {shown}") + (f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""))
         said.append(f"turn {turn + 1}:" if self.config.turn_number else "turn:")
         return self.tokenizer.encode("\n".join(said))
 
@@ -297,20 +314,22 @@ class TextSlateAgent(nn.Module):
 
 def select(scores, categories, slate_size, max_per_category=1):
     """scores (n, C) float, categories (n, C) int, -1 where there is no candidate -> (n, L) int64, the best slate of at most max_per_category of each category
-    (0: as many as wanted), best first, the lowest index where scores are equal. Exact for a slate that is worth the mean of its items."""
+    (0: as many as wanted), best first, the lowest index where scores are equal. Exact for a slate that is worth the mean of its items.
+    ValueError: too few candidates, a score that is no number."""
     scores = np.where(categories >= 0, scores, -np.inf)
+    if np.isnan(scores).any():
+        raise ValueError(f"the scores of row {int(np.isnan(scores).any(1).argmax())} are not numbers: nothing can be chosen by them")
     order = np.argsort(-scores, axis=1, kind="stable")
+    sorted_categories = np.take_along_axis(categories, order, 1)
+    allowed = sorted_categories >= 0
     if max_per_category:
-        sorted_categories = np.take_along_axis(categories, order, 1)
         rank = np.zeros_like(order)                                           # how many better ones of its category there are
         for c in range(len(CATEGORIES)):
             here = sorted_categories == c
             rank[here] = (here.cumsum(1) - 1)[here]
-        allowed = (rank < max_per_category) & (sorted_categories >= 0)
-        order = np.take_along_axis(order, np.argsort(~allowed, axis=1, kind="stable"), 1)
-        enough = allowed.sum(1)
-    else:
-        enough = (categories >= 0).sum(1)
+        allowed &= rank < max_per_category
+    order = np.take_along_axis(order, np.argsort(~allowed, axis=1, kind="stable"), 1)
+    enough = allowed.sum(1)
     if (enough < slate_size).any():
         row = int((enough < slate_size).argmax())
         raise ValueError(f"candidates of row {row} make a slate of {enough[row]}, expected {slate_size}: more categories, or --max_per_category=0")
@@ -354,13 +373,13 @@ def candidate_scores(agent, view, device="cpu", size=512):
 def last_scores(agent, b, rows, categories):
     if isinstance(agent, TextSlateAgent):
         T = b.picked.shape[1]
-        keep = rows.clone()
         quiet = categories.clone()
         quiet[:, :T] = -1                                                     # earlier turns need no scores
-        return agent(b, keep, quiet)[1][:, :, -1].amin(0).double().cpu().numpy()
+        return agent(b, rows, quiet)[1][:, :, -1].amin(0).double().cpu().numpy()
     h = agent.states(b)[:, -1:]
     p = agent.item(agent.text(b.words, rows[:, -1:]) + agent.category(categories[:, -1:].clamp(min=0)))
-    return agent.score(h[:, :, None], p)[:, :, 0].amin(0).double().cpu().numpy()
+    offset = agent.offset[agent.number(torch.tensor([b.picked.shape[1]], device=h.device))]
+    return (agent.score(h[:, :, None], p)[:, :, 0].amin(0) + offset).double().cpu().numpy()
 
 
 # -----------------------------------------------------------------------------
@@ -388,8 +407,8 @@ def new_agent(config, tokenizer=None):
 def load_agent(path, device="cpu"):
     """-> (agent, Deployment) from a folder that checkpoint.save or save_hf wrote. ValueError: another kind of model, a damaged file."""
     path = Path(path)
-    if not (path / "deployment.json").exists():
-        raise ValueError(f"{path}: no deployment.json there; expected the checkpoint of a slate agent (out/<name>/step_..)")
+    if not (path / "config.json").exists() or not (path / "deployment.json").exists():
+        raise ValueError(f"{path}: no config.json and deployment.json there; expected the checkpoint of a slate agent (out/<name>/step_..)")
     checkpoint.verify(path)
     settings = checkpoint.read_json(path / "config.json")
     if settings.pop("architectures", None) != ["SlateAgent"]:
