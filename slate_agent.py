@@ -282,29 +282,33 @@ class TextSlateAgent(nn.Module):
         said.append(f"turn {turn + 1}:" if self.config.turn_number else "turn:")
         return self.tokenizer.encode("\n".join(said))
 
-    def forward(self, b, rows, categories):
-        """As SlateAgent.forward."""
-        B, T = b.picked.shape
-        K = rows.shape[2]
-        device = b.start.device
-        b = b.to("cpu")
-        histories = [[self.history(b, i, t) for t in range(T + 1)] for i in range(B)]
-        names = [self.tokenizer.encode(" " + name + ": ") for name in CATEGORIES]
-        sequences = [h for one in histories for h in one]
-        for i in range(B):
-            for t in range(rows.shape[1]):
-                sequences += [histories[i][t] + names[c] + self.tokenizer.encode(self.texts.texts[x]) if c >= 0 else histories[i][t]
-                              for x, c in zip(rows[i, t].tolist(), categories[i, t].tolist())]
+    def items(self, history, rows, categories):
+        """history: ids; rows, categories [K] -> K lists of ids: the history and one candidate each, the history alone where there is none."""
+        name = lambda c: self.tokenizer.encode(" " + CATEGORIES[c] + ": ")
+        return [history + name(c) + self.tokenizer.encode(self.texts.texts[x]) if c >= 0 else history for x, c in zip(rows, categories)]
+
+    def last(self, sequences, kind):
+        """sequences: N lists of ids, kind (N,) -> (N, D) at their last tokens."""
+        device = kind.device
         length = torch.tensor([len(s) for s in sequences])
         ids = torch.zeros(len(sequences), int(length.max()), dtype=torch.int64)
         for i, s in enumerate(sequences):
             ids[i, :len(s)] = torch.tensor(s)
         hidden = self.lm(ids.to(device))                                      # causal, so padding at the end is not read
         last = hidden[torch.arange(len(ids), device=device), length.to(device) - 1]
-        v, f = last[:B * (T + 1)].view(B, T + 1, -1), last[B * (T + 1):].view(B, rows.shape[1], K, -1)
-        if self.config.num_kinds:
-            kind = self.kind(b.kind.to(device))
-            v, f = v + kind[:, None], f + kind[:, None, None]
+        return last + self.kind(kind) if self.config.num_kinds else last
+
+    def forward(self, b, rows, categories):
+        """As SlateAgent.forward."""
+        (B, T), (_, scored, K) = b.picked.shape, rows.shape
+        kind, b = b.kind, b.to("cpu")
+        histories = [[self.history(b, i, t) for t in range(T + 1)] for i in range(B)]
+        sequences = [h for one in histories for h in one]
+        for i in range(B):
+            for t in range(scored):
+                sequences += self.items(histories[i][t], rows[i, t].tolist(), categories[i, t].tolist())
+        last = self.last(sequences, torch.cat([kind.repeat_interleave(T + 1), kind.repeat_interleave(scored * K)]))
+        v, f = last[:B * (T + 1)].view(B, T + 1, -1), last[B * (T + 1):].view(B, scored, K, -1)
         return self.value(v), torch.stack([head(f) for head in self.scores])
 
 
@@ -353,7 +357,9 @@ class View(NamedTuple):
 
 @torch.no_grad()
 def candidate_scores(agent, view, device="cpu", size=512):
-    """-> (n, C) float64: the smaller of the heads' f for every candidate of this turn."""
+    """-> (n, C) float64: the smaller of the heads' f for every candidate of this turn. size: sessions in one pass."""
+    if isinstance(agent, TextSlateAgent):
+        size = max(1, size // 32)                                             # a row of tokens for each candidate, not a vector
     words = torch.from_numpy(view.texts.words[:len(view.texts.texts)]).to(device)
     found = []
     for i in range(0, len(view.start), size):
@@ -363,23 +369,24 @@ def candidate_scores(agent, view, device="cpu", size=512):
         b = Batch(words, *part[:5], torch.full((n,), view.turn), part[7]).to(device)
         if isinstance(agent, TextSlateAgent):
             agent.texts = view.texts
-        # all turns have the same states, so the candidates of this one are asked at the last
-        T = view.turn
-        rows, categories = (x[:, None].expand(-1, T + 1, -1).to(device) for x in part[5:7])
-        found.append(last_scores(agent, b, rows, categories))
+        found.append(last_scores(agent, b, part[5].to(device), part[6].to(device)))
     return np.concatenate(found)
 
 
 def last_scores(agent, b, rows, categories):
+    """forward's scores of rows (B, C) after the last turn alone, the smaller of the heads'. -> (B, C)"""
+    T = b.picked.shape[1]
     if isinstance(agent, TextSlateAgent):
-        T = b.picked.shape[1]
-        quiet = categories.clone()
-        quiet[:, :T] = -1                                                     # earlier turns need no scores
-        return agent(b, rows, quiet)[1][:, :, -1].amin(0).double().cpu().numpy()
-    h = agent.states(b)[:, -1:]
-    p = agent.item(agent.text(b.words, rows[:, -1:]) + agent.category(categories[:, -1:].clamp(min=0)))
-    offset = agent.offset[agent.number(torch.tensor([b.picked.shape[1]], device=h.device))]
-    return (agent.score(h[:, :, None], p)[:, :, 0].amin(0) + offset).double().cpu().numpy()
+        kind, b = b.kind, b.to("cpu")
+        sequences = []
+        for i, (row, category) in enumerate(zip(rows.tolist(), categories.tolist())):
+            sequences += agent.items(agent.history(b, i, T), row, category)
+        last = agent.last(sequences, kind.repeat_interleave(rows.shape[1]))
+        return torch.stack([head(last) for head in agent.scores]).amin(0).view(rows.shape).double().cpu().numpy()
+    h = agent.states(b)[:, -1]
+    p = agent.item(agent.text(b.words, rows) + agent.category(categories.clamp(min=0)))
+    offset = agent.offset[agent.number(torch.tensor([T], device=h.device))]
+    return (agent.score(h[:, None], p).amin(0) + offset).double().cpu().numpy()
 
 
 # -----------------------------------------------------------------------------
