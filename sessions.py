@@ -176,7 +176,8 @@ def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_promp
     if not n or n != len(crowd.kind):
         raise ValueError(f"{n} start prompts for a crowd of {len(crowd.kind)}: expected as many, and at least one")
     if min(horizon, L, M) < 1 or not 0 <= critique <= 1:
-        raise ValueError(f"expected --horizon, --slate_size and --images_per_prompt of at least 1 and a --critique from 0 to 1, found {horizon}, {L}, {M}, {critique}")
+        raise ValueError("expected --horizon, --slate_size and --images_per_prompt of at least 1 and a --critique from 0 to 1, "
+                         f"found {horizon}, {L}, {M}, {critique}")
     texts = texts or Texts()
     start_emb = crowd.embed(starts)
     d = start_emb.shape[1]

@@ -278,7 +278,8 @@ class TextSlateAgent(nn.Module):
         said = [f"start: {text[b.start[row]]}"]
         for t in range(max(0, turn - self.config.max_turns), turn):
             shown = " | ".join(("> " if l == b.picked[row, t] else "") + text[x] for l, x in enumerate(b.shown[row, t].tolist()))
-            said.append((f"{t + 1}: {shown}" if self.config.turn_number else f"shown: {shown}") + (f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""))
+            wish = f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""
+            said.append((f"{t + 1}: " if self.config.turn_number else "shown: ") + shown + wish)
         said.append(f"turn {turn + 1}:" if self.config.turn_number else "turn:")
         return self.tokenizer.encode("\n".join(said))
 

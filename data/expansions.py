@@ -71,7 +71,8 @@ def read_reply(reply, num):
         raise Unreadable("wrong_shape", f"expected one JSON object with the keys {', '.join(CATEGORIES)}")
     for name, texts in found.items():
         if not isinstance(texts, list) or len(texts) != num:
-            raise Unreadable("wrong_shape", f"{name}: expected a list of {num} prompts, found {len(texts) if isinstance(texts, list) else type(texts).__name__}")
+            found = len(texts) if isinstance(texts, list) else type(texts).__name__
+            raise Unreadable("wrong_shape", f"{name}: expected a list of {num} prompts, found {found}")
         for text in texts:
             if not is_prompt(text):
                 raise Unreadable("wrong_text", f"{name}: expected a line of 1 to {MAX_WORDS} words, found {str(text)[:80]!r}")
@@ -127,8 +128,8 @@ class Generator:
     """ask: (conversations, temperature, seeds) -> replies or Faults, or None for templates alone. name: what an agent's folder records.
 
     What was answered to (text, seed, row, turn) is kept and answered again, so policies that are compared meet the same candidates even where a
-    server heeds no seed; what stands in for a failed request is not kept. counts: see COUNTS; of replies, those that were unparseable by the first rule that they broke, and errors, requests without
-    a reply (which are not repeated here: a server was asked several times already).
+    server heeds no seed; what stands in for a failed request is not kept. counts: see COUNTS; unparseable replies also by the first rule that they broke,
+    errors are requests without a reply (which are not repeated here: a server was asked several times already).
     """
 
     def __init__(self, ask, name, *, num, tries, temperature):

@@ -17,6 +17,7 @@ prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves 
 Draws are functions of (seed, person, turn, column), so policies meet the same people, candidates and images. `SmallWorld` has 36 states, in which every
 policy has an exact value.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -70,9 +71,11 @@ class Prompt(NamedTuple):
         return ", ".join([f"{self.opening} of {article} {self.subject}", *filter(None, (self.style, *self.details, self.twist))])
 
 
-KINDS = {word: kind for kind, words in (("opening", OPENINGS), ("subject", SUBJECTS), ("style", STYLES), ("detail", DETAILS), ("twist", TWISTS)) for word in words}
+KINDS = {word: kind for kind, words in (("opening", OPENINGS), ("subject", SUBJECTS), ("style", STYLES), ("detail", DETAILS), ("twist", TWISTS))
+         for word in words}
 
 
+@functools.lru_cache(maxsize=1 << 17)                                         # every text of a turn is read for its vector and for its charm
 def parse(text):
     """-> Prompt of the words of the world in a text, the last of a kind where it has several, the last three details; "" where it has none."""
     found = {"opening": OPENINGS[0], "subject": "", "style": "", "twist": ""}
