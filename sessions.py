@@ -5,6 +5,7 @@ returns the Log that it leaves. Every draw is a function of (seed, person, turn,
 
     n sessions   T turns   L columns   M images   C candidates   K types   d width of the embeddings
 """
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 
 import user_model
 from calibration import save_figure
-from ranking import paired_bootstrap
-from recommend import cell, markdown
+from common import random_key
 from data import slate
 from data.slate import CATEGORIES, STYLES, stream, unit
+from ranking import paired_bootstrap
+from recommend import cell, markdown
 from slate_agent import Texts, View, candidate_scores, head_scores, select, select_by_choice
 
 
@@ -57,7 +59,8 @@ class ModelCrowd:
     def __init__(self, model, n, seed, embed, kind=None, name="model"):
         self.model, self.embed, self.name, self.num_kinds = model, embed, name, model.config.num_types
         prior = model.log_prior.detach().double().softmax(0).numpy()
-        self.kind = stream(seed, "types").choice(len(prior), size=n, p=prior / prior.sum()) if kind is None else np.asarray(kind)
+        self.prior = prior / prior.sum()
+        self.kind = stream(seed, "types").choice(len(prior), size=n, p=self.prior) if kind is None else np.asarray(kind)
         self.persons = np.arange(n)
 
     @torch.no_grad()
@@ -85,8 +88,9 @@ class ModelCrowd:
 
 class Facts(NamedTuple):
     expected: object              # () -> (n, C) utility of each candidate to its person, without image noise
-    other: object                 # () -> (n, C) the same to a person of another type, drawn at random
+    other: object                 # () -> (n, C) the same to a stranger, whose type is drawn at random
     draws: np.ndarray             # (n, C) uniform, the same for every policy
+    coin: np.ndarray              # (n,) uniform, apart from draws
     slate_size: int
     max_per_category: int
 
@@ -107,15 +111,15 @@ def oracle_greedy(view, facts):
 
 
 def behavior_policy(shares):
-    """{"random": .5, "myopic": .3, "noisy": .2} -> the policy that fills a log: random slates; the best for a person of another type, drawn at random; the
-    same with noise. Each session's turn draws its own."""
+    """{"random": .5, "myopic": .3, "noisy": .2} -> the policy that fills a log: random slates; the best for a stranger, of a type drawn at random; the same
+    with noise. Each session's turn draws its own."""
     names = list(shares)
     edges = np.cumsum([shares[k] for k in names]) / sum(shares.values())
 
     def policy(view, facts):
-        which = np.searchsorted(edges, facts.draws[:, 0] * .999999, side="right").clip(max=len(names) - 1)
+        which = np.searchsorted(edges, facts.coin, side="right").clip(max=len(names) - 1)                  # rounding may leave the last edge below 1
         pick = lambda scores: select(scores, view.categories, facts.slate_size, facts.max_per_category)
-        draws = np.roll(facts.draws, 1, 1)                                    # the first column has decided who shows
+        draws = facts.draws
         slates = {"random": lambda: pick(draws), "myopic": lambda: pick(facts.other()), "noisy": lambda: pick(facts.other() + .3 * (2 * draws - 1))}
         out = np.zeros((len(which), facts.slate_size), np.int64)
         for i, name in enumerate(names):
@@ -143,6 +147,8 @@ def parse_behavior(text):
         name, _, share = part.partition(":")
         if name not in ("random", "myopic", "noisy"):
             raise ValueError(f"--behavior={text}: {name!r}: expected random, myopic or noisy, with shares, as random:.5,myopic:.5")
+        if name in shares:
+            raise ValueError(f"--behavior={text}: {name} stands there twice")
         try:
             shares[name] = float(share or 1)
         except ValueError:
@@ -167,12 +173,20 @@ class Simulated(NamedTuple):
 
 def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_prompt=4, max_per_category=1, seed=0, propose=slate.expansions, reward_at="chosen",
              critique=0.0, source="sim:model", keep=True, texts=None):
-    """n sessions, one for each text of starts, with the persons of crowd. propose: (base text, seed, row, turn) -> [(category, text)].
+    """n sessions, one for each text of starts, with the persons of crowd. propose: (base text, seed, row, turn) -> [(category, text)]; where it has a
+    `batch`: (n base texts, seed, turn) -> n of these, a whole crowd is asked for at once.
 
     critique: the share of turns at which a person says what it wishes. reward_at: chosen, the utility of the column that was picked (what the person got);
     mean or best, of all columns; none, nothing is written (a log of real people). keep=False: no Log and no embeddings, for evaluations.
     """
     n, L, M = len(starts), slate_size, images_per_prompt
+    if reward_at not in ("chosen", "mean", "best", "none"):
+        raise ValueError(f"--reward_at={reward_at}: expected chosen, mean, best or none")
+    if not n or n != len(crowd.kind):
+        raise ValueError(f"{n} start prompts for a crowd of {len(crowd.kind)}: expected as many, and at least one")
+    if min(horizon, L, M) < 1 or not 0 <= critique <= 1:
+        raise ValueError("expected --horizon, --slate_size and --images_per_prompt of at least 1 and a --critique from 0 to 1, "
+                         f"found {horizon}, {L}, {M}, {critique}")
     texts = texts or Texts()
     start_emb = crowd.embed(starts)
     d = start_emb.shape[1]
@@ -182,7 +196,7 @@ def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_promp
     utility, got = np.zeros((n, horizon, L)), np.zeros((n, horizon))
     kept = []
     for t in range(horizon):
-        proposed = [propose(text, seed, i, t) for i, text in enumerate(base)]
+        proposed = propose.batch(base, seed, t) if hasattr(propose, "batch") else [propose(text, seed, i, t) for i, text in enumerate(base)]
         C = max(map(len, proposed))
         candidates = [[text for _, text in row] for row in proposed]
         rows = texts.add([text for row in candidates for text in row])
@@ -197,7 +211,7 @@ def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_promp
         pick_draw = stream(seed, "picks", t).random(n)
         facts = Facts(expected=lambda: crowd.utilities(start_emb, base_emb, base, padded, emb[:, :, None]),                    # noqa: B023 called in this turn
                       other=lambda: stranger(crowd, seed, t).utilities(start_emb, base_emb, base, padded, emb[:, :, None]),
-                      draws=stream(seed, "draws", t).random((n, C)), slate_size=L, max_per_category=max_per_category)
+                      draws=stream(seed, "draws", t).random((n, C)), coin=stream(seed, "coin", t).random(n), slate_size=L, max_per_category=max_per_category)
         view = View(texts, t, start_row, base_row, shown, shown_category, picked_rows, critiques, candidate_rows, categories, crowd.kind)
         slates, behavior = policy(view, facts)
         columns = [[padded[i][j] for j in row] for i, row in enumerate(slates)]
@@ -250,14 +264,13 @@ def simulate(crowd, starts, policy, *, horizon=5, slate_size=4, images_per_promp
 
 
 def stranger(crowd, seed, turn):
-    """The same crowd with everybody's taste exchanged for that of a random other: what an agent that takes one person for another shows."""
-    order = stream(seed, "strangers", turn).permutation(len(crowd.kind))
+    """The same crowd with everybody's taste exchanged for that of somebody else: what an agent that takes one person for another shows. Who it is does
+    not depend on the size of the crowd, as an exchange among its members would."""
+    other = copy.copy(crowd)
     if isinstance(crowd, WorldCrowd):
-        other = object.__new__(WorldCrowd)
-        other.__dict__ = crowd.__dict__ | dict(people=slate.People(*(x[order] for x in crowd.people)))
+        other.people = crowd.world.people(len(crowd.kind), random_key(seed, "strangers", turn))
     else:
-        other = object.__new__(ModelCrowd)
-        other.__dict__ = crowd.__dict__ | dict(kind=crowd.kind[order])
+        other.kind = stream(seed, "strangers", turn).choice(len(crowd.prior), size=len(crowd.kind), p=crowd.prior)
     return other
 
 

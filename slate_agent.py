@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import checkpoint
 from common import write_atomically
 from data.slate import CATEGORIES, softmax
-from model import Block, ModelConfig, ScalarHead, Transformer, config_for_size
+from model import Block, ModelConfig, RopeScaling, ScalarHead, Transformer, config_for_size
 from tokenizer import Tokenizer
 
 NUM_WORDS, MAX_WORDS = 2048, 24
@@ -207,12 +207,25 @@ class SlateAgent(nn.Module):
         """rows (...) of words (U, W) -> (..., D)."""
         return self.word(words[rows.flatten()]).view(*rows.shape, self.config.hidden_size)
 
+    def number(self, turns):
+        """(T,) turns -> (T,) the rows of `turn` and `offset` that they read: all the same one where the state may not know its turn."""
+        return turns.clamp(max=self.config.max_turns) if self.config.turn_number else torch.zeros_like(turns)
+
     def states(self, b):
         """Batch -> (B, T + 1, D): h before each turn, and after the last."""
+        T, most = b.shown.shape[1], self.config.max_turns
+        if T <= most:
+            return self.window(b, 0)
+        # a pass for each state past max_turns: a mask would not do, since a second layer reads what the first one read before it
+        part = lambda t: b._replace(**{k: getattr(b, k)[:, t - most:t] for k in ("shown", "shown_category", "picked", "critique")})
+        return torch.cat([self.window(part(most), 0), *(self.window(part(t), t - most)[:, -1:] for t in range(most + 1, T + 1))], 1)
+
+    def window(self, b, first):
+        """states of a Batch of at most max_turns turns, which are turns first, first + 1, .. of their sessions."""
         B, T, L = b.shown.shape
         device, c = b.shown.device, self.config
         turns = torch.arange(T + 1, device=device)
-        number = turns.clamp(max=c.max_turns) if c.turn_number else torch.zeros_like(turns)
+        number = self.number(first + turns)
         start = self.text(b.words, b.start) + self.role.weight[0]                                              # (B, D)
         is_picked = (torch.arange(L, device=device) == b.picked[:, :, None]).long()                            # (B, T, L)
         shown = self.text(b.words, b.shown) + self.category(b.shown_category) + self.role(1 + is_picked) + self.turn(number[:T])[:, None]
@@ -221,12 +234,12 @@ class SlateAgent(nn.Module):
         if c.num_kinds:
             state = state + self.kind(b.kind)[:, None]
         x = torch.cat([start[:, None], shown.flatten(1, 2), said, state], 1)                                   # (B, 1 + T L + T + T + 1, D)
-        # a token is seen by those of its own turn and of later ones, up to max_turns later; a state by itself alone
+        # a token is seen by those of its own turn and of later ones; a state by itself alone
         turn = torch.cat([turns.new_zeros(1), turns[:T].repeat_interleave(L), turns[:T], turns])
         is_state = torch.arange(len(turn), device=device) >= len(turn) - T - 1
         is_start = torch.arange(len(turn), device=device) == 0
         age = turn[:, None] - turn                                                                             # of the key, for each query
-        mask = is_start | (~is_state & (age >= is_state[:, None].long()) & (age <= c.max_turns) & ~is_start[:, None])
+        mask = is_start | (~is_state & (age >= is_state[:, None].long()) & ~is_start[:, None])
         mask = (mask | torch.eye(len(turn), dtype=torch.bool, device=device)).expand(B, 1, -1, -1)
         if bool((b.critique < 0).any()):
             silent = torch.cat([b.critique.new_zeros(B, 1 + T * L, dtype=torch.bool), b.critique < 0, b.critique.new_zeros(B, T + 1, dtype=torch.bool)], 1)
@@ -240,7 +253,7 @@ class SlateAgent(nn.Module):
         """b: Batch; rows (B, T', K) of texts and categories (B, T', K) to be scored in the first T' of the T + 1 states.
         -> v (B, T + 1) fp32, f (num_q, B, T', K) fp32."""
         h = self.states(b)
-        offset = self.offset[torch.arange(h.shape[1], device=h.device).clamp(max=self.config.max_turns)]
+        offset = self.offset[self.number(torch.arange(h.shape[1], device=h.device))]
         own = h if self.config.share_trunk else self.of_value.states(b)
         v = self.value(F.relu(self.value_up(own))) + offset
         p = self.item(self.text(b.words, rows) + self.category(categories.clamp(min=0)))
@@ -253,11 +266,13 @@ class TextSlateAgent(nn.Module):
     def __init__(self, config, tokenizer, texts=None):
         super().__init__()
         self.config, self.tokenizer, self.texts = config, tokenizer, texts
-        trunk = ModelConfig(**config.trunk) if config.trunk else config_for_size("nano", tokenizer.vocab_size)
+        scaling = config.trunk.get("rope_scaling")                            # a dict again, where the config was read from a file
+        trunk = (ModelConfig(**config.trunk | dict(rope_scaling=RopeScaling(**scaling) if isinstance(scaling, dict) else scaling)) if config.trunk
+                 else config_for_size("nano", tokenizer.vocab_size))
         self.lm = Transformer(trunk)
         del self.lm.lm_head                                                   # no token is predicted
         self.value = ScalarHead(trunk.hidden_size)
-        self.scores = nn.ModuleList(ScalarHead(trunk.hidden_size) for _ in range(config.num_q))
+        self.scores = nn.ModuleList(ScalarHead(trunk.hidden_size) for _ in range(config.num_q + config.choice_head))
         if config.num_kinds:
             self.kind = nn.Embedding(config.num_kinds, trunk.hidden_size)
 
@@ -265,6 +280,8 @@ class TextSlateAgent(nn.Module):
         self.lm.lm_head = self.lm.model.embed_tokens                          # init_weights of a language model wants its head
         self.lm.init_weights(seed)
         del self.lm.lm_head
+        if self.config.num_kinds:
+            nn.init.normal_(self.kind.weight, 0, .5, generator=torch.Generator().manual_seed(seed))
         return self
 
     def history(self, b, row, turn):
@@ -273,33 +290,38 @@ class TextSlateAgent(nn.Module):
         said = [f"start: {text[b.start[row]]}"]
         for t in range(max(0, turn - self.config.max_turns), turn):
             shown = " | ".join(("> " if l == b.picked[row, t] else "") + text[x] for l, x in enumerate(b.shown[row, t].tolist()))
-            said.append(f"{t + 1}: {shown}" + (f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""))
+            wish = f" ({text[b.critique[row, t]]})" if b.critique[row, t] >= 0 else ""
+            said.append((f"{t + 1}: " if self.config.turn_number else "shown: ") + shown + wish)
         said.append(f"turn {turn + 1}:" if self.config.turn_number else "turn:")
         return self.tokenizer.encode("\n".join(said))
 
-    def forward(self, b, rows, categories):
-        """As SlateAgent.forward."""
-        B, T = b.picked.shape
-        K = rows.shape[2]
-        device = b.start.device
-        b = b.to("cpu")
-        histories = [[self.history(b, i, t) for t in range(T + 1)] for i in range(B)]
-        names = [self.tokenizer.encode(" " + name + ": ") for name in CATEGORIES]
-        sequences = [h for one in histories for h in one]
-        for i in range(B):
-            for t in range(rows.shape[1]):
-                sequences += [histories[i][t] + names[c] + self.tokenizer.encode(self.texts.texts[x]) if c >= 0 else histories[i][t]
-                              for x, c in zip(rows[i, t].tolist(), categories[i, t].tolist())]
+    def items(self, history, rows, categories):
+        """history: ids; rows, categories [K] -> K lists of ids: the history and one candidate each, the history alone where there is none."""
+        name = lambda c: self.tokenizer.encode(" " + CATEGORIES[c] + ": ")
+        return [history + name(c) + self.tokenizer.encode(self.texts.texts[x]) if c >= 0 else history for x, c in zip(rows, categories)]
+
+    def last(self, sequences, kind):
+        """sequences: N lists of ids, kind (N,) -> (N, D) at their last tokens."""
+        device = kind.device
         length = torch.tensor([len(s) for s in sequences])
         ids = torch.zeros(len(sequences), int(length.max()), dtype=torch.int64)
         for i, s in enumerate(sequences):
             ids[i, :len(s)] = torch.tensor(s)
         hidden = self.lm(ids.to(device))                                      # causal, so padding at the end is not read
         last = hidden[torch.arange(len(ids), device=device), length.to(device) - 1]
-        v, f = last[:B * (T + 1)].view(B, T + 1, -1), last[B * (T + 1):].view(B, rows.shape[1], K, -1)
-        if self.config.num_kinds:
-            kind = self.kind(b.kind.to(device))
-            v, f = v + kind[:, None], f + kind[:, None, None]
+        return last + self.kind(kind) if self.config.num_kinds else last
+
+    def forward(self, b, rows, categories):
+        """As SlateAgent.forward."""
+        (B, T), (_, scored, K) = b.picked.shape, rows.shape
+        kind, b = b.kind, b.to("cpu")
+        histories = [[self.history(b, i, t) for t in range(T + 1)] for i in range(B)]
+        sequences = [h for one in histories for h in one]
+        for i in range(B):
+            for t in range(scored):
+                sequences += self.items(histories[i][t], rows[i, t].tolist(), categories[i, t].tolist())
+        last = self.last(sequences, torch.cat([kind.repeat_interleave(T + 1), kind.repeat_interleave(scored * K)]))
+        v, f = last[:B * (T + 1)].view(B, T + 1, -1), last[B * (T + 1):].view(B, scored, K, -1)
         return self.value(v), torch.stack([head(f) for head in self.scores])
 
 
@@ -309,20 +331,22 @@ class TextSlateAgent(nn.Module):
 
 def select(scores, categories, slate_size, max_per_category=1):
     """scores (n, C) float, categories (n, C) int, -1 where there is no candidate -> (n, L) int64, the best slate of at most max_per_category of each category
-    (0: as many as wanted), best first, the lowest index where scores are equal. Exact for a slate that is worth the mean of its items."""
+    (0: as many as wanted), best first, the lowest index where scores are equal. Exact for a slate that is worth the mean of its items.
+    ValueError: too few candidates, a score that is no number."""
     scores = np.where(categories >= 0, scores, -np.inf)
+    if np.isnan(scores).any():
+        raise ValueError(f"the scores of row {int(np.isnan(scores).any(1).argmax())} are not numbers: nothing can be chosen by them")
     order = np.argsort(-scores, axis=1, kind="stable")
+    sorted_categories = np.take_along_axis(categories, order, 1)
+    allowed = sorted_categories >= 0
     if max_per_category:
-        sorted_categories = np.take_along_axis(categories, order, 1)
         rank = np.zeros_like(order)                                           # how many better ones of its category there are
         for c in range(len(CATEGORIES)):
             here = sorted_categories == c
             rank[here] = (here.cumsum(1) - 1)[here]
-        allowed = (rank < max_per_category) & (sorted_categories >= 0)
-        order = np.take_along_axis(order, np.argsort(~allowed, axis=1, kind="stable"), 1)
-        enough = allowed.sum(1)
-    else:
-        enough = (categories >= 0).sum(1)
+        allowed &= rank < max_per_category
+    order = np.take_along_axis(order, np.argsort(~allowed, axis=1, kind="stable"), 1)
+    enough = allowed.sum(1)
     if (enough < slate_size).any():
         row = int((enough < slate_size).argmax())
         raise ValueError(f"candidates of row {row} make a slate of {enough[row]}, expected {slate_size}: more categories, or --max_per_category=0")
@@ -368,7 +392,9 @@ def candidate_scores(agent, view, device="cpu", size=512):
 
 @torch.no_grad()
 def head_scores(agent, view, device="cpu", size=512):
-    """-> (num_q, n, C) float64 of every candidate of this turn; with a choice head one more, its logits."""
+    """-> (num_q, n, C) float64 of every candidate of this turn; with a choice head one more, its logits. size: sessions in one pass."""
+    if isinstance(agent, TextSlateAgent):
+        size = max(1, size // 32)                                             # a row of tokens for each candidate, not a vector
     words = torch.from_numpy(view.texts.words[:len(view.texts.texts)]).to(device)
     found = []
     for i in range(0, len(view.start), size):
@@ -378,23 +404,24 @@ def head_scores(agent, view, device="cpu", size=512):
         b = Batch(words, *part[:5], torch.full((n,), view.turn), part[7]).to(device)
         if isinstance(agent, TextSlateAgent):
             agent.texts = view.texts
-        # all turns have the same states, so the candidates of this one are asked at the last
-        T = view.turn
-        rows, categories = (x[:, None].expand(-1, T + 1, -1).to(device) for x in part[5:7])
-        found.append(last_scores(agent, b, rows, categories))
+        found.append(last_scores(agent, b, part[5].to(device), part[6].to(device)))
     return np.concatenate(found, 1)
 
 
 def last_scores(agent, b, rows, categories):
+    """forward's scores of rows (B, C) after the last turn alone -> (heads, B, C)."""
+    T = b.picked.shape[1]
     if isinstance(agent, TextSlateAgent):
-        T = b.picked.shape[1]
-        keep = rows.clone()
-        quiet = categories.clone()
-        quiet[:, :T] = -1                                                     # earlier turns need no scores
-        return agent(b, keep, quiet)[1][:, :, -1].double().cpu().numpy()
-    h = agent.states(b)[:, -1:]
-    p = agent.item(agent.text(b.words, rows[:, -1:]) + agent.category(categories[:, -1:].clamp(min=0)))
-    return agent.score(h[:, :, None], p)[:, :, 0].double().cpu().numpy()
+        kind, b = b.kind, b.to("cpu")
+        sequences = []
+        for i, (row, category) in enumerate(zip(rows.tolist(), categories.tolist())):
+            sequences += agent.items(agent.history(b, i, T), row, category)
+        last = agent.last(sequences, kind.repeat_interleave(rows.shape[1]))
+        return torch.stack([head(last).view(rows.shape) for head in agent.scores]).double().cpu().numpy()
+    h = agent.states(b)[:, -1]
+    p = agent.item(agent.text(b.words, rows) + agent.category(categories.clamp(min=0)))
+    offset = agent.offset[agent.number(torch.tensor([T], device=h.device))]
+    return (agent.score(h[:, None], p) + offset).double().cpu().numpy()
 
 
 # -----------------------------------------------------------------------------
@@ -422,8 +449,8 @@ def new_agent(config, tokenizer=None):
 def load_agent(path, device="cpu"):
     """-> (agent, Deployment) from a folder that checkpoint.save or save_hf wrote. ValueError: another kind of model, a damaged file."""
     path = Path(path)
-    if not (path / "deployment.json").exists():
-        raise ValueError(f"{path}: no deployment.json there; expected the checkpoint of a slate agent (out/<name>/step_..)")
+    if not (path / "config.json").exists() or not (path / "deployment.json").exists():
+        raise ValueError(f"{path}: no config.json and deployment.json there; expected the checkpoint of a slate agent (out/<name>/step_..)")
     checkpoint.verify(path)
     settings = checkpoint.read_json(path / "config.json")
     if settings.pop("architectures", None) != ["SlateAgent"]:

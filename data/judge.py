@@ -185,7 +185,8 @@ def read_reply(text, key, low, high):
 
 
 class Checkpoint:
-    """A model in a folder, frozen, greedy. The engine is imported here and not above: a judge behind a URL needs no model."""
+    """A model in a folder, frozen, greedy unless asked otherwise. The engine is imported here and not above: a judge behind a URL needs no model."""
+    flag = "--judge"
 
     def __init__(self, path, device, max_new_tokens):
         import torch
@@ -195,16 +196,17 @@ class Checkpoint:
         self.generate, self.max_new_tokens = generate, max_new_tokens
         self.model, self.tokenizer = load_hf(path, device, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         if self.tokenizer.end_of_turn_id is None:
-            raise ValueError(f"--judge={path}: expected a chat model, found a tokenizer without turns")
+            raise ValueError(f"{self.flag}={path}: expected a chat model, found a tokenizer without turns")
         self.model.eval().requires_grad_(False)
 
-    def __call__(self, conversations):
-        """-> per conversation the reply, or a Fault."""
+    def __call__(self, conversations, temperature=0.0, seeds=None):
+        """-> per conversation the reply, or a Fault. seeds: one int for each, where the temperature is above 0."""
         prompts = [self.tokenizer.render_prompt(messages) for messages in conversations]
         room = self.model.config.max_positions - self.max_new_tokens
         replies = [Fault(f"{len(p)} tokens to read, the judge has room for {room}") if len(p) > room else None for p in prompts]
         asked = [i for i, r in enumerate(replies) if r is None]
-        groups = self.generate(self.model, self.tokenizer, [prompts[i] for i in asked], max_new_tokens=self.max_new_tokens, temperature=0.0)
+        groups = self.generate(self.model, self.tokenizer, [prompts[i] for i in asked], max_new_tokens=self.max_new_tokens, temperature=temperature,
+                               seed=[seeds[i] for i in asked] if seeds else 0)
         for i, (rollout,) in zip(asked, groups):
             replies[i] = rollout.text
         return replies
@@ -219,11 +221,12 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 class Server:
     """OpenAI's chat completions at a URL. Asks again, after 1, 2, 4, ... x `backoff` seconds, on transport faults, 429 and 5xx only."""
+    flag, key = "--judge", KEY
 
     def __init__(self, url, model, *, retries, timeout, concurrency, max_new_tokens, backoff):
         parts = urllib.parse.urlsplit(url)
         if not parts.hostname or parts.username or parts.query or parts.fragment:
-            raise ValueError(f"--judge: expected http(s)://HOST[:PORT][/PATH] and the key in ${KEY}, found a URL with other parts")
+            raise ValueError(f"{self.flag}: expected http(s)://HOST[:PORT][/PATH] and the key in ${self.key}, found a URL with other parts")
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions"
         self.url, self.model = urllib.parse.urlunsplit(parts._replace(path=path)), model
@@ -232,25 +235,27 @@ class Server:
         self.open = urllib.request.build_opener(NoRedirect).open
         self.num_requests = 0               # for people who pay by request
 
-    def __call__(self, conversations):
+    def __call__(self, conversations, temperature=0.0, seeds=None):
+        """-> per conversation the reply, or a Fault. seeds: one int for each, sent along, for servers that heed it."""
         faults, lock = [], threading.Lock()
 
-        def ask(messages):
+        def ask(messages, seed):
             if len(faults) >= MAX_FAULTS:
                 return Fault(f"not asked any more after {len(faults)} failures, the last: {faults[-1]}")
             try:
-                return self._ask(messages, lock)
+                return self._ask(messages, temperature, seed, lock)
             except Fault as fault:
                 faults.append(fault)
                 return fault
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(ask, conversations))
+            return list(pool.map(ask, conversations, seeds or [None] * len(conversations)))
 
-    def _ask(self, messages, lock):
-        body = dict(messages=messages, temperature=0, max_tokens=self.max_new_tokens) | ({"model": self.model} if self.model else {})
-        key = os.environ.get(KEY)
+    def _ask(self, messages, temperature, seed, lock):
+        body = dict(messages=messages, temperature=temperature, max_tokens=self.max_new_tokens) | ({"model": self.model} if self.model else {})
+        body |= {} if seed is None else {"seed": seed}
+        key = os.environ.get(self.key)
         if key and not (key.isascii() and key.isprintable()):
-            raise Fault(f"${KEY} has characters that a header cannot hold")     # http.client's own message would print the key
+            raise Fault(f"${self.key} has characters that a header cannot hold")     # http.client's own message would print the key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):

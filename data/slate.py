@@ -17,6 +17,7 @@ prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves 
 Draws are functions of (seed, person, turn, column), so policies meet the same people, candidates and images. `SmallWorld` has 36 states, in which every
 policy has an exact value.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -70,9 +71,11 @@ class Prompt(NamedTuple):
         return ", ".join([f"{self.opening} of {article} {self.subject}", *filter(None, (self.style, *self.details, self.twist))])
 
 
-KINDS = {word: kind for kind, words in (("opening", OPENINGS), ("subject", SUBJECTS), ("style", STYLES), ("detail", DETAILS), ("twist", TWISTS)) for word in words}
+KINDS = {word: kind for kind, words in (("opening", OPENINGS), ("subject", SUBJECTS), ("style", STYLES), ("detail", DETAILS), ("twist", TWISTS))
+         for word in words}
 
 
+@functools.lru_cache(maxsize=1 << 17)                                         # every text of a turn is read for its vector and for its charm
 def parse(text):
     """-> Prompt of the words of the world in a text, the last of a kind where it has several, the last three details; "" where it has none."""
     found = {"opening": OPENINGS[0], "subject": "", "style": "", "twist": ""}
@@ -88,15 +91,17 @@ def parse(text):
 
 def start_prompts(n, seed, specific=.5):
     """-> (n texts, (n,) bool: specific). A vague start names a subject alone, a specific one a style and a detail, too."""
-    rng = stream(seed, "starts")
-    parts = [rng.integers(0, len(words), n) for words in (OPENINGS, SUBJECTS, STYLES, DETAILS)]
-    is_specific = rng.random(n) < specific
+    # a stream for each part: what row i gets does not depend on n
+    parts = [stream(seed, "starts", k).integers(0, len(words), n) for k, words in enumerate((OPENINGS, SUBJECTS, STYLES, DETAILS))]
+    is_specific = stream(seed, "starts", "specific").random(n) < specific
     texts = [str(Prompt(OPENINGS[o], SUBJECTS[s], STYLES[y] if p else "", (DETAILS[d],) if p else (), "")) for o, s, y, d, p in zip(*parts, is_specific)]
     return texts, is_specific
 
 
 def expansions(text, seed, person, turn, num=5):
     """The template generator -> [(category, text)], num of each category, all different. Which ones is a function of (seed, person, turn)."""
+    if not 1 <= num < len(OPENINGS):
+        raise ValueError(f"templates make 1 to {len(OPENINGS) - 1} expansions of a category, not {num}: set --candidates_per_category")
     p, rng = parse(text), stream(seed, "expansions", int(person), int(turn))
     other = lambda words, used: [words[i] for i in rng.permutation(len(words)) if words[i] not in used][:num]
     subject = p.subject or SUBJECTS[rng.integers(len(SUBJECTS))]
@@ -155,11 +160,10 @@ class World:
         return unit(x).astype(np.float32)
 
     def people(self, n, seed):
-        """-> People, n of them. seed: another one, other persons of the same types."""
-        rng = stream(seed, "people")
-        kind = rng.integers(0, self.num_types, n)
-        noise = rng.normal(size=(n, self.width)) / self.width ** .5
-        return People(kind, unit(self.tastes[kind] + self.deviation * noise), rng.integers(0, 64, n))
+        """-> People, n of them, the first of them the same for every n. seed: another one, other persons of the same types."""
+        kind = stream(seed, "people", "kind").integers(0, self.num_types, n)
+        noise = stream(seed, "people", "taste").normal(size=(n, self.width)) / self.width ** .5
+        return People(kind, unit(self.tastes[kind] + self.deviation * noise), stream(seed, "people", "habit").integers(0, 64, n))
 
     def utilities(self, people, start, base_texts, texts, images):
         """start (n, d), base_texts [n], texts [n][L], images (n, L, M, d) -> (n, L) float64: what each person gets of each column."""
@@ -170,7 +174,8 @@ class World:
     def probabilities(self, people, utilities, turn):
         """(n, L) utilities -> (n, L) probabilities of the picks."""
         habit = self.position * (people.habit[:, None] % utilities.shape[1] == np.arange(utilities.shape[1]))
-        return (1 - self.lapse) * softmax(self.tau * (1 - self.fatigue * turn) * utilities + habit) + self.lapse / utilities.shape[1]
+        attention = max(0.0, 1 - self.fatigue * turn)                        # who is past tired picks blindly, never the worst on purpose
+        return (1 - self.lapse) * softmax(self.tau * attention * utilities + habit) + self.lapse / utilities.shape[1]
 
     def compared(self, gain, noise):
         """gain (n,) of this pick over the last, noise (n,) ~ N(0, 1) -> (n,) of 1 better, 0 same, -1 worse."""
@@ -310,7 +315,10 @@ class Log(NamedTuple):
 
     def take(self, sessions):
         """The Log of some sessions, by index and in their order; texts, users and images are shared."""
-        sessions = np.asarray(sessions, np.int64)
+        sessions = np.asarray(sessions)
+        if sessions.dtype == bool:
+            raise ValueError("take wants indices of sessions, found a mask: np.flatnonzero makes the one from the other")
+        sessions = sessions.astype(np.int64)
         turns = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in sessions]) if len(sessions) else np.zeros(0, np.int64)
         of = lambda values, which: [values[i] for i in which]
         return self._replace(
@@ -390,6 +398,11 @@ def read(path, slate_size=None, one_per_category=True):
                 raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not a JSON object: {error}") from None
+            if b"\\u" in line:                                           # only an escape can spell half a character, which no file can hold
+                try:
+                    json.dumps(record, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{where}: {error.object[error.start]!r} is half of a surrogate pair, no character") from None
             get = fields(record, where, dict(session=str, user=str, source=str, prompt=str, end=str, turns=list))
             if get["session"] in seen:
                 raise ValueError(f"{where}: session {get['session']!r} stands on line {seen[get['session']]}, too")
@@ -469,14 +482,21 @@ def read_turn(turn, t, where, texts, image_ids, one_per_category):
         raise ValueError(f"{where}: compare {compare!r}: expected better, same or worse")
     if compare is not None and t == 0:
         raise ValueError(f"{where}: compare at the first turn, which has none before it")
+    try:
+        reward = float(turn.get("reward", np.nan))
+    except OverflowError:
+        raise ValueError(f"{where}: reward is beyond the range of a double") from None
     return dict(candidates=candidates, categories=categories, slate=slate, choice=choice, critique=turn.get("critique", ""), compare=COMPARE[compare],
-                reward=turn.get("reward", np.nan), behavior=turn.get("behavior", ""),
+                reward=reward, behavior=turn.get("behavior", ""),
                 images=[[image_ids.setdefault(i, len(image_ids)) for i in column] for column in images])
 
 
 def observations(log, ids, emb):
     """-> Observations of a Log. ids: list of the embedding file's ids (of images, and of prompts by their text), emb (E, d). Turns are put in order of
-    (user, session, turn). ValueError: an id without embedding, a log without images."""
+    (user, session, turn). ValueError: an id without embedding, a table of another shape or with numbers that are none, a log without images."""
+    emb = np.asarray(emb)
+    if emb.ndim != 2 or len(emb) != len(ids):
+        raise ValueError(f"embeddings of shape {emb.shape}, expected one row for each of {len(ids):,} ids")
     if not log.images.shape[2]:
         raise ValueError("the sessions name no images: a user model needs what the users saw")
     row = {x: i for i, x in enumerate(ids)}
@@ -495,7 +515,9 @@ def observations(log, ids, emb):
     used = np.unique(log.images)
     image_row = np.zeros(len(log.image_ids), np.int64)
     image_row[used] = rows([log.image_ids[i] for i in used], "image")
-    e = unit(np.asarray(emb, np.float32)).astype(np.float32)
+    e = unit(emb.astype(np.float32)).astype(np.float32)
+    if not np.isfinite(e).all():
+        raise ValueError(f"the embedding of {ids[int((~np.isfinite(e).all(1)).argmax())]!r} is not finite")
     session, turn = log.session, log.turn
     before = np.where(turn > 0, np.arange(len(turn)) - 1, -1)
     return Observations(log.user[session], e[text_row[log.prompt]][session], e[text_row[base]], e[image_row[log.images]], log.choice, before, log.compare,
@@ -510,10 +532,20 @@ def write_truth(path, log, kind, utility):
 
 
 def read_truth(path, log):
-    """-> ((S,) int64 types, (N, L) float64 utilities) in the order of the log's sessions. ValueError: a session that the file lacks."""
+    """-> ((S,) int64 types, (N, L) float64 utilities) in the order of the log's sessions. ValueError: a session that the file lacks, utilities of
+    another shape than its slates."""
+    turns = dict(zip(log.session_ids, np.diff(log.first).tolist()))
     lines = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        record = fields(load_strict(line), f"{path}:{number}", dict(session=str, user=str, type=int, utility=list))
+        try:
+            record = load_strict(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+        fields(record, f"{path}:{number}", dict(session=str, user=str, type=int, utility=list))
+        rows, columns = record["utility"], log.slate.shape[1]
+        if not all(isinstance(row, list) and len(row) == columns and all(type(u) in (int, float) for u in row) for row in rows) \
+                or len(rows) != turns.get(record["session"], len(rows)):
+            raise ValueError(f"{path}:{number}: utility: expected a row of {columns} numbers for each of the session's turns")
         lines[record["session"]] = record
     if missing := [s for s in log.session_ids if s not in lines]:
         raise ValueError(f"{path}: has no truth of {len(missing)} sessions, among them {missing[0]!r}")
