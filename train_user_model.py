@@ -35,7 +35,7 @@ import checkpoint
 import user_model
 from common import Logger, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, random_key, setup_distributed, write_atomically
 from data import preferences, slate
-from data.embeddings import load_embeddings
+from data.embeddings import check_same, load_embeddings
 from data.packing import shuffled
 from recommend import markdown
 from user_model import Evidence, Origin, UserModel, UserModelConfig, evidence, select
@@ -141,10 +141,8 @@ def open_log(cfg):
     files = [load_embeddings(path) for path in cfg.embeddings.split(",") if path]
     if not files:
         raise ValueError("--embeddings is empty: expected the .npz files of the prompts and images that --data and --single name")
-    if len({f.model for f in files}) > 1:
-        raise ValueError(f"--embeddings={cfg.embeddings}: made by {' and '.join(sorted({f.model for f in files}))}, expected one encoder")
-    if len({f.emb.shape[1] for f in files}) > 1:
-        raise ValueError(f"--embeddings={cfg.embeddings}: widths {', '.join(str(f.emb.shape[1]) for f in files)}, expected one")
+    for other in files[1:]:
+        check_same(files[0], other)
     ids, emb = [name for f in files for name in f.ids], files[0].emb if len(files) == 1 else np.concatenate([f.emb for f in files])
     if len(set(ids)) < len(ids):
         raise ValueError(f"--embeddings={cfg.embeddings}: {len(ids) - len(set(ids)):,} ids are in two of the files")
@@ -293,7 +291,7 @@ def train(cfg):
             last_step, g_step = step == cfg.num_steps, number * cfg.num_steps + step
 
             # once in a while: how likely validation users are; the likeliest step of all starts stays
-            if (last_step or (cfg.eval_every and step and step % cfg.eval_every == 0)) and not (begun and step == first_step):
+            if (last_step or (cfg.eval_every and step % cfg.eval_every == 0)) and not (begun and step == first_step):
                 found, _ = user_model.evaluate(model, parts[VAL])
                 result = dict(types=K, start=start, step=step, loss=found["loss"], **model.describe())
                 if true_types is not None:                           # looked at, never selected by
@@ -305,8 +303,9 @@ def train(cfg):
                     with checkpoint.together():
                         if rank == 0:
                             checkpoint.save_hf(model, origin, out_dir / folder)
-                logger.log(g_step, **{"val/loss": found["loss"]}, **{f"val/{key}": value for key, value in found["filtered"].items() if value is not None},
-                           **{f"test/{key}": result[key] for key in ("ari", "accuracy") if key in result})
+                if step:                                             # step 0 has the number of the last step of the start before
+                    logger.log(g_step, **{"val/loss": found["loss"]}, **{f"val/{key}": value for key, value in found["filtered"].items() if value is not None},
+                               **{f"test/{key}": result[key] for key in ("ari", "accuracy") if key in result})
                 if names := model.at_bound():
                     state["at_bound"] = sorted({*state["at_bound"], *(f"K={K} {name}" for name in names)})
                     logger.print(f"{label} step {step}: tau of {', '.join(names)} is at a bound of {user_model.TAU_RANGE}: the likelihood has run away "
