@@ -35,7 +35,7 @@ import checkpoint
 import user_model
 from common import Logger, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, random_key, setup_distributed, write_atomically
 from data import preferences, slate
-from data.embeddings import load_embeddings
+from data.embeddings import check_same, load_embeddings
 from data.packing import shuffled
 from recommend import markdown
 from user_model import Evidence, Origin, UserModel, UserModelConfig, evidence, select
@@ -126,7 +126,7 @@ def temperature(step, num_steps, em_temp):
 
 class Data(NamedTuple):
     """Everything, and who is in which part. types are for the evaluation alone."""
-    everyone: Evidence
+    everyone: Evidence | None
     user_ids: list
     part: np.ndarray            # (U,) FIT, VAL or TEST; -1: of the other half
     types: np.ndarray | None    # (U,) true types, -1 where unknown
@@ -141,11 +141,11 @@ def open_log(cfg):
     files = [load_embeddings(path) for path in cfg.embeddings.split(",") if path]
     if not files:
         raise ValueError("--embeddings is empty: expected the .npz files of the prompts and images that --data and --single name")
-    if len({f.model for f in files}) > 1:
-        raise ValueError(f"--embeddings={cfg.embeddings}: made by {' and '.join(sorted({f.model for f in files}))}, expected one encoder")
-    if len({f.emb.shape[1] for f in files}) > 1:
-        raise ValueError(f"--embeddings={cfg.embeddings}: widths {', '.join(str(f.emb.shape[1]) for f in files)}, expected one")
+    for other in files[1:]:
+        check_same(files[0], other)
     ids, emb = [name for f in files for name in f.ids], files[0].emb if len(files) == 1 else np.concatenate([f.emb for f in files])
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"--embeddings={cfg.embeddings}: {len(ids) - len(set(ids)):,} ids are in two of the files")
     users, observations, types, pairs, ratings = {}, None, None, None, None
     if cfg.data:
         log = slate.joined([slate.read(path, one_per_category=False) for path in cfg.data.split(",")])
@@ -177,6 +177,8 @@ def open_data(cfg, device, dtype):
 def without_sessions(data):
     """The users with pairs or ratings, and these alone."""
     users = torch.cat([data.pairs.user, data.ratings.user]).unique()
+    if not len(users):
+        raise ValueError("--single_steps: no user in the fit part has a pair or a rating")
     nothing = type(data.observations)(*(column[:0] for column in data.observations))
     return select(data._replace(observations=nothing), users.cpu())
 
@@ -218,11 +220,10 @@ def check(cfg):
 
 
 def sum_gradients(params):
-    """Over ranks, in one message. A parameter that this step did not use has none, on any rank."""
-    used = [p for p in params if p.grad is not None]
-    flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in used]))
-    for p, part in zip(used, flat.split([p.numel() for p in used])):
-        p.grad.copy_(part.view_as(p))
+    """Over ranks, in one message. What a rank did not use, the ratings' scale or everything where it has no user, counts as 0 there."""
+    flat = all_reduce_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]))
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
 
 
 def train(cfg):
@@ -232,22 +233,23 @@ def train(cfg):
     data = open_data(cfg, device, dtype)
     parts = [select(data.everyone, np.flatnonzero(data.part == number)) for number in (FIT, VAL, TEST)]
     true_types = None if data.types is None else data.types[data.part == TEST]
-    width = data.everyone.pairs.prompt.shape[1]
+    turns, width = data.everyone.observations.images.shape, data.everyone.pairs.prompt.shape[1]
+    counts = {name: len(part.user) for name, part in zip(Evidence._fields, data.everyone[:3])}
+    size_of_data = sum(t.numel() * t.element_size() for part in data.everyone[:3] for t in part)
+    data = data._replace(everyone=None)                              # the parts are copies
     out_dir = Path("out") / cfg.name
     resume = checkpoint.find(out_dir, cfg.resume)
     stages = [(K, start) for K in all_types for start in range(cfg.restarts if K > 1 else 1)]           # one type has no posterior to get wrong
     total = len(stages) * cfg.num_steps
-    counts = {name: len(part.user) for name, part in zip(Evidence._fields, data.everyone[:3])}
     if rank == 0:
         print(", ".join(f"{n:,} {name}" for name, n in counts.items() if n) + f" of {len(data.user_ids):,} users; "
               + ", ".join(f"{part.num_users:,} {name}" for name, part in zip(("fit", "validation", "test"), parts)), flush=True)
     if cfg.dry_run:
-        K, turns = max(all_types), data.everyone.observations.images
-        rows = min(cfg.device_batch_size, parts[FIT].num_users) / max(1, data.everyone.num_users) * (
-            turns.shape[0] * turns.shape[1] * turns.shape[2] + 2 * counts["pairs"] + counts["ratings"])
+        K, images = max(all_types), math.prod(turns[:3]) + 2 * counts["pairs"] + counts["ratings"]
+        rows = images * min(cfg.device_batch_size, parts[FIT].num_users) / len(data.user_ids)
         size, item = K * width * (2 * cfg.rank + 1), dtype.itemsize
         bytes_of = dict(weights=size * item, gradients=size * item, optimizer=2 * size * item, activations=rows * K * (4 * cfg.rank + 6) * item,
-                        data=sum(t.numel() * t.element_size() for part in data.everyone[:3] for t in part) * 2)
+                        data=2 * size_of_data)
         summary = asdict(cfg) | dict(width=width, stages=[f"K={K} start {start}" for K, start in stages], steps=total, **counts,
                                      memory_mb={k: round(v / 2**20, 3) for k, v in bytes_of.items()})
         if rank == 0:
@@ -289,7 +291,7 @@ def train(cfg):
             last_step, g_step = step == cfg.num_steps, number * cfg.num_steps + step
 
             # once in a while: how likely validation users are; the likeliest step of all starts stays
-            if (last_step or (cfg.eval_every and step and step % cfg.eval_every == 0)) and not (begun and step == first_step):
+            if (last_step or (cfg.eval_every and step % cfg.eval_every == 0)) and not (begun and step == first_step):
                 found, _ = user_model.evaluate(model, parts[VAL])
                 result = dict(types=K, start=start, step=step, loss=found["loss"], **model.describe())
                 if true_types is not None:                           # looked at, never selected by
@@ -301,8 +303,9 @@ def train(cfg):
                     with checkpoint.together():
                         if rank == 0:
                             checkpoint.save_hf(model, origin, out_dir / folder)
-                logger.log(g_step, **{"val/loss": found["loss"]}, **{f"val/{key}": value for key, value in found["filtered"].items() if value is not None},
-                           **{f"test/{key}": result[key] for key in ("ari", "accuracy") if key in result})
+                if step:                                             # step 0 has the number of the last step of the start before
+                    logger.log(g_step, **{"val/loss": found["loss"]}, **{f"val/{key}": value for key, value in found["filtered"].items() if value is not None},
+                               **{f"test/{key}": result[key] for key in ("ari", "accuracy") if key in result})
                 if names := model.at_bound():
                     state["at_bound"] = sorted({*state["at_bound"], *(f"K={K} {name}" for name in names)})
                     logger.print(f"{label} step {step}: tau of {', '.join(names)} is at a bound of {user_model.TAU_RANGE}: the likelihood has run away "
@@ -368,7 +371,7 @@ def train(cfg):
             check_finite("train/loss", likelihood)
             model.log_prior.data.copy_(updated_prior(model.log_prior, sums[:K], members, cfg.prior_count, share))
 
-            # a type that has died begins anew, while there is time to learn
+            # a type that has died begins anew: one at a time, every tenth step, while there is time to learn
             pi = model.log_prior.double().softmax(0)
             if step % 10 == 9 and step < 0.6 * cfg.num_steps and float(pi.min()) < cfg.min_pi:
                 k = int(pi.argmin())
@@ -387,7 +390,7 @@ def train(cfg):
                 logger.print(f"{label} step {step + 1:4d}/{cfg.num_steps} | loss {-likelihood / num:.4f} | entropy of pi {facts['entropy_pi']:.3f} | "
                              f"min pi {facts['min_pi']:.3f} | tau {facts['tau_choice']:.2f} | {1000 * seconds:.0f} ms | {format_seconds(left)} left")
     state |= dict(stage=len(stages), step=0)
-    return finish(cfg, data, parts, true_types, all_types, state, origin, device, dtype, logger, started, rank, world_size, total)
+    return finish(cfg, turns[1], parts, true_types, all_types, state, origin, device, dtype, logger, started, rank, world_size, total)
 
 
 @torch.no_grad()
@@ -422,7 +425,7 @@ def recovered(model, data, types):
     return user_model.recovery(types[known], user_model.evaluate(model, data)[1][known]) if known.any() else {}
 
 
-def finish(cfg, data, parts, true_types, all_types, state, origin, device, dtype, logger, started, rank, world_size, total):
+def finish(cfg, slots, parts, true_types, all_types, state, origin, device, dtype, logger, started, rank, world_size, total):
     """A row of test users for each --num_types; the likeliest by validation is the checkpoint."""
     rows, test = [], {}
     for K in all_types:
@@ -444,7 +447,6 @@ def finish(cfg, data, parts, true_types, all_types, state, origin, device, dtype
                   *((t["ari"], t["accuracy"]) if "ari" in t else ()), t["entropy_pi"], t["min_pi"], t["tau_choice"], t["reseeded"]]
         rows.append([f"**{K}**" if K == best else str(K), *map(cell, values)])
     if rank == 0:
-        slots = data.everyone.observations.images.shape[1]
         fit, val, held_out = (f"{part.num_users:,}" for part in parts)
         lines = [f"# User model of {cfg.data or cfg.single}\n", f"{fit} users fitted, {val} validation, {held_out} test. Steps, starts and the number of types "
                  "are selected on validation alone. Loss: minus log-likelihood per observation, in nats"

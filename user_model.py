@@ -341,7 +341,7 @@ def all_likelihoods(model, data):
 def joint(model, logps, user, num_users):
     """log pi_k + sum over ALL rows of the user: logps (R, K), user (R,) -> (U, K) float64. Its logsumexp is the user's log-likelihood."""
     total = torch.zeros(num_users, logps.shape[1], dtype=torch.float64, device=logps.device)
-    return total.index_add_(0, user, logps.detach().double()) + model.log_prior.double().log_softmax(0)
+    return total.index_add_(0, user, logps.double()) + model.log_prior.double().log_softmax(0)
 
 
 def posterior(model, logps, user, num_users, temp=1.0):
@@ -359,7 +359,7 @@ def filtered(model, logps, user, num_users, occasion=None):
     first = torch.searchsorted(user[order], torch.arange(num_users, device=user.device))
     nth = torch.arange(len(user), device=user.device) - first[user[order]]
     table = torch.zeros(num_users, int(nth.max()) + 1 if len(nth) else 1, logps.shape[1], dtype=torch.float64, device=logps.device)
-    table[user[order], nth] = logps.detach().double()[order]
+    table[user[order], nth] = logps.double()[order]
     before = table.cumsum(1).roll(1, 1)                                       # user by user, so that none is rounded by another's
     before[:, 0] = 0.0
     if occasion is not None and len(nth):
@@ -396,7 +396,7 @@ def pull(data):
     total = torch.zeros(p.prompt.shape[1], dtype=torch.float64, device=p.prompt.device)
     if len(o.user):
         columns = o.images.double().mean(2)
-        total += (columns[torch.arange(len(o.user)), o.choice] - columns.mean(1)).sum(0)
+        total += (columns[torch.arange(len(o.user), device=o.user.device), o.choice] - columns.mean(1)).sum(0)
     total += ((p.weight * (p.label - 0.5))[:, None] * (p.image_a - p.image_b)).double().sum(0)
     if len(r.user):
         total += ((r.rating - r.rating.mean())[:, None] * r.image).double().sum(0)

@@ -405,8 +405,8 @@ def test_files_that_do_not_fit_are_named(files):
     base = dict(data="log.jsonl", embeddings="e.npz", num_steps=1, restarts=1, num_types="2")
     save_embeddings(Path("other.npz"), ["x"], np.eye(1, 8, dtype=np.float32), "another", True)
     save_embeddings(Path("wide.npz"), ["x"], np.eye(1, 9, dtype=np.float32), "tiny", True)
-    for more, match in ((dict(embeddings="e.npz,other.npz"), "made by another and tiny, expected one encoder"), (dict(embeddings="e.npz,wide.npz"), "widths 8, 9, expected one"),
-                        (dict(embeddings=""), "--embeddings is empty"), (dict(data=""), "--data and --single are empty"),
+    for more, match in ((dict(embeddings="e.npz,other.npz"), "differ in model: tiny and another"), (dict(embeddings="e.npz,wide.npz"), "differ in width: 8 and 9"),
+                        (dict(embeddings="e.npz,e.npz"), "220 ids are in two of the files"), (dict(embeddings=""), "--embeddings is empty"), (dict(data=""), "--data and --single are empty"),
                         (dict(data="world", single="single.jsonl"), "--single: its ids are not of the synthetic world"),
                         (dict(truth="log.truth.jsonl", data="", single="single.jsonl"), "--truth: expected session files"), (dict(single_steps=3), "expected both --single and")):
         with pytest.raises(ValueError, match=match):

@@ -90,6 +90,7 @@ def plain_utility(model, k, start, base, column):
 @pytest.mark.parametrize("agg, change, same", [("lse", True, "half"), ("max", False, "drop"), ("mean", True, "drop")])
 def test_every_likelihood_equals_plain_loops(agg, change, same):
     model, data = model_of(agg=agg, change=change, same=same, rank=2), world()
+    data.observations.before[3] = 1                                  # compared with the turn before the last: `before` says with which
     o, p, r = ([column.numpy() for column in part] for part in data[:3])
     o, p, r = Observations(*o), Pairs(*p), Ratings(*r)
     sig = lambda x: 1 / (1 + math.exp(-x))
@@ -100,7 +101,7 @@ def test_every_likelihood_equals_plain_loops(agg, change, same):
         for n in range(len(o.user)):
             logp = tau["choice"] * R[n, o.choice[n]] - math.log(sum(math.exp(tau["choice"] * x) for x in R[n]))
             if o.compare[n] != 2:
-                gain = tau["compare"] * (R[n, o.choice[n]] - R[n - 1, o.choice[n - 1]])
+                gain = tau["compare"] * (R[n, o.choice[n]] - R[o.before[n], o.choice[o.before[n]]])
                 logp += {1: math.log(sig(gain)), -1: math.log(sig(-gain)), 0: (math.log(sig(gain)) + math.log(sig(-gain))) / 2 if same == "half" else 0.0}[o.compare[n]]
             expected.append(logp)
         assert um.log_likelihoods(model, data.observations)[:, k].tolist() == pytest.approx(expected, abs=1e-11)
