@@ -881,7 +881,8 @@ def iql_log():
     """-> obs, actions, rewards, next_obs, terminal: float32 tensors of IQL_LOG rows."""
     g = torch.Generator().manual_seed(0)
     obs, next_obs = torch.randn(2, IQL_LOG, IQL_OBS, generator=g)
-    return obs, torch.rand(IQL_LOG, IQL_ACTIONS, generator=g) * 2 - 1, torch.randn(IQL_LOG, generator=g), next_obs, (torch.rand(IQL_LOG, generator=g) < .01).float()
+    actions, terminal = torch.rand(IQL_LOG, IQL_ACTIONS, generator=g) * 2 - 1, (torch.rand(IQL_LOG, generator=g) < .01).float()
+    return obs, actions, torch.randn(IQL_LOG, generator=g), next_obs, terminal
 
 
 def corl_trainer(num_updates):
@@ -1082,7 +1083,8 @@ def bench_sandbox(cfg):
 
 
 WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker, "recsys": recsys_worker, "iql": iql_worker}
-GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "iql": bench_iql, "head": bench_head, "sandbox": bench_sandbox}
+GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "iql": bench_iql, "head": bench_head,
+          "sandbox": bench_sandbox}
 
 
 def main(cfg, groups):

@@ -30,7 +30,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
@@ -122,7 +121,7 @@ def update_target(target, online, rho):
 
 
 class MLP(nn.Module):
-    """num_heads networks side by side, ReLU between layers. x (N, sizes[0]) float, or (N,) int64, which stands for a row of the identity -> (H, N, sizes[-1])."""
+    """num_heads networks side by side, ReLU between layers. x (N, sizes[0]) float, or (N,) int64, a row of the identity each -> (H, N, sizes[-1])."""
 
     def __init__(self, sizes, num_heads=1):
         super().__init__()
@@ -306,8 +305,8 @@ def check(cfg):
     if cfg.task != "offline":
         raise ValueError(f"--task={cfg.task}: only --task=offline is there")
     if not cfg.beta > 0:
-        raise ValueError(f"--beta={cfg.beta}: expected above 0: at 0 every weight is 1 and the policy clones the log whatever Q says (that is --method=bc), below "
-                         "0 it prefers the worse actions")
+        raise ValueError(f"--beta={cfg.beta}: expected above 0: at 0 every weight is 1 and the policy clones the log whatever Q says (that is --method=bc), "
+                         "below 0 it prefers the worse actions")
     if not 0 < cfg.expectile < 1 or not 0 <= cfg.gamma <= 1 or not 0 < cfg.rho <= 1 or not 0 <= cfg.val_share < 1:
         raise ValueError(f"expected --expectile in (0, 1), --gamma in [0, 1], --rho in (0, 1] and --val_share in [0, 1), found {cfg.expectile}, {cfg.gamma}, "
                          f"{cfg.rho}, {cfg.val_share}")
