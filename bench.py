@@ -7,6 +7,8 @@
                                 --target=out/peers/trl-1.12.0 trl==1.12.0 puts it where this group looks
     python bench.py recsys      a training epoch and a full-catalogue evaluation of SASRec beside plain PyTorch and RecBole 1.2.1, which
                                 requirements-peers.txt says how to put where this group looks
+    python bench.py iql         updates of train_iql.py --task=offline beside CORL's implicit Q-learning: same networks, weights and batch of 256;
+                                requirements-peers.txt says where its one file goes
     python bench.py head        linear_logprob beside full logits in plain torch
     python bench.py sandbox     a program in the box beside a bare interpreter that does nothing
     python bench.py             all groups
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,9 +42,10 @@ import recommend
 import rollouts
 import train_asft
 import train_dpo
+import train_iql
 import train_rl
 import train_sft
-from common import parse_config, read_jsonl, write_atomically
+from common import parse_config, random_key, read_jsonl, write_atomically
 from data import interactions, open_sources, rewards, sandbox, toy
 from data.grading import Outcome
 from data.packing import Loader, shuffled
@@ -864,6 +868,148 @@ def bench_recsys(cfg):
 
 
 # -----------------------------------------------------------------------------
+# iql: updates per second of implicit Q-learning with vector actions, in the sizes of HalfCheetah, on a log of random numbers: an update costs the same
+# whatever is in it. Drawing a batch from the log is part of an update, by both. CORL's q loss is the mean of its two heads', ours their sum: the
+# gradients differ by a factor that Adam divides out
+
+IQL_OBS, IQL_ACTIONS, IQL_LOG, IQL_BATCH, IQL_UPDATES = 17, 6, 100_000, 256, 10             # IQL_UPDATES: for each of --steps and --warmup
+IQL_METHODS = ("temper iql", "corl iql")
+IQL_PEER = Path(__file__).parent / "out/peers/corl/iql.py"
+
+
+def iql_log():
+    """-> obs, actions, rewards, next_obs, terminal: float32 tensors of IQL_LOG rows."""
+    g = torch.Generator().manual_seed(0)
+    obs, next_obs = torch.randn(2, IQL_LOG, IQL_OBS, generator=g)
+    actions, terminal = torch.rand(IQL_LOG, IQL_ACTIONS, generator=g) * 2 - 1, (torch.rand(IQL_LOG, generator=g) < .01).float()
+    return obs, actions, torch.randn(IQL_LOG, generator=g), next_obs, terminal
+
+
+def corl_trainer(num_updates):
+    """-> CORL's module and its trainer with its default settings. What it imports and is not installed, it does not use here: empty modules stand in."""
+    for name in ("d4rl", "gym", "pyrallis", "wandb"):
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
+    gym, pyrallis = sys.modules.get("gym"), sys.modules.get("pyrallis")
+    if gym is not None and not hasattr(gym, "Env"):                           # named in annotations, and as a decorator
+        gym.Env = object
+    if pyrallis is not None and not hasattr(pyrallis, "wrap"):
+        pyrallis.wrap = lambda: lambda function: function
+    spec = importlib.util.spec_from_file_location("corl_iql", IQL_PEER)
+    corl = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(corl)
+    torch.manual_seed(0)
+    q, v, actor = corl.TwinQ(IQL_OBS, IQL_ACTIONS), corl.ValueFunction(IQL_OBS), corl.GaussianPolicy(IQL_OBS, IQL_ACTIONS, 1.0)
+    of = lambda module: torch.optim.Adam(module.parameters(), lr=3e-4)
+    return corl, corl.ImplicitQLearning(1.0, actor, of(actor), q, of(q), v, of(v), max_steps=num_updates)
+
+
+def iql_temper():
+    """-> (cfg, agent, target, optimizer) with train_iql.py's default settings, which are CORL's."""
+    agent = train_iql.OfflineAgent(train_iql.OfflineAgentConfig(0, IQL_OBS, 0, IQL_ACTIONS, 256, 2)).init_weights(0)
+    target = train_iql.MLP([IQL_OBS + IQL_ACTIONS, 256, 256, 1], 2).requires_grad_(False)
+    target.load_state_dict(agent.q.state_dict())
+    return train_iql.Config(batch_size=IQL_BATCH), agent, target, train_iql.make_optimizer(agent, 3e-4)
+
+
+@torch.no_grad()
+def iql_copy(agent, target, trainer):
+    """CORL's weights, which are (outputs, inputs) head by head, into temper's, which are (heads, inputs, outputs)."""
+    pairs = [(agent.v, [trainer.vf.v]), (agent.q, [trainer.qf.q1, trainer.qf.q2]), (target, [trainer.q_target.q1, trainer.q_target.q2]),
+             (agent.policy, [trainer.actor.net])]
+    for mlp, nets in pairs:
+        layers = [[m for m in net.net if isinstance(m, torch.nn.Linear)] for net in nets]
+        for i, (w, b) in enumerate(zip(mlp.weights, mlp.biases)):
+            w.copy_(torch.stack([head[i].weight.t() for head in layers])), b.copy_(torch.stack([head[i].bias[None] for head in layers]))
+    agent.log_std.copy_(trainer.actor.log_std)
+
+
+def iql_update(cfg, agent, target, optimizer, batch):
+    """As in train_iql.train, of one micro-batch -> losses (3,) of V, policy and Q."""
+    losses, _ = train_iql.losses_of(cfg, agent, agent, target, batch, cfg.batch_size)
+    losses.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    train_iql.update_target(target, agent.q, cfg.rho)
+    return losses.detach()
+
+
+def iql_worker(method, folder, cfg):
+    """-> {"seconds": [wall, CPU] of each update, "losses": of the last, "memory_mb"}; compare iql: {"gaps": relative gap of each loss, by update}."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    warmup, num_updates = IQL_UPDATES * cfg.warmup, IQL_UPDATES * (cfg.warmup + cfg.steps)
+    name, log, seconds = method.split()[0], iql_log(), []
+    if name != "temper":
+        corl, trainer = corl_trainer(num_updates)
+    if name == "compare":
+        run, agent, target, optimizer = iql_temper()
+        iql_copy(agent, target, trainer)
+        gaps = []
+        for i in range(5):
+            index = torch.from_numpy(np.random.default_rng(i).integers(0, IQL_LOG, IQL_BATCH))
+            obs, actions, rewards, next_obs, terminal = (x[index] for x in log)
+            theirs = trainer.train([obs, actions, rewards[:, None], next_obs, terminal[:, None]])
+            ours = iql_update(run, agent, target, optimizer, (obs, actions, rewards, next_obs, terminal)).tolist()
+            gaps.append([abs(a / b - 1) for a, b in zip(ours, (theirs["value_loss"], theirs["actor_loss"], 2 * theirs["q_loss"]))])
+        return dict(gaps=gaps)
+    if name == "corl":
+        buffer = corl.ReplayBuffer(IQL_OBS, IQL_ACTIONS, IQL_LOG)
+        names = ("observations", "actions", "rewards", "next_observations", "terminals")
+        printed, sys.stdout = sys.stdout, sys.stderr                          # it prints the size
+        buffer.load_d4rl_dataset({key: x.numpy() for key, x in zip(names, log)})
+        sys.stdout = printed
+        np.random.seed(0)
+
+        def update(i):
+            return list(trainer.train([x.to("cpu") for x in buffer.sample(IQL_BATCH)]).values())
+    else:
+        run, agent, target, optimizer = iql_temper()
+
+        def update(i):
+            generator = torch.Generator().manual_seed(random_key(0, "batch", i))
+            index = torch.randint(IQL_LOG, (IQL_BATCH,), generator=generator)
+            return iql_update(run, agent, target, optimizer, [x[index] for x in log])
+    for i in range(num_updates):
+        start = Clock.now()
+        losses = update(i)
+        seconds.append((Clock.now() - start).tolist())
+    return dict(seconds=seconds[warmup:], losses=[float(x) for x in losses], memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def bench_iql(cfg):
+    methods = [m for m in IQL_METHODS if not m.startswith("corl") or IQL_PEER.exists()]
+    runs, result = {m: [] for m in methods}, dict(obs=IQL_OBS, actions=IQL_ACTIONS, batch=IQL_BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        if "corl iql" in methods:
+            gaps = in_process("iql", "compare iql", folder, cfg)["gaps"]
+            result |= dict(first_loss_gaps=gaps[0], largest_loss_gap=max(map(max, gaps)))
+            print(f"losses from equal weights on one batch, relative: V {gaps[0][0]:.1e}, policy {gaps[0][1]:.1e}, Q {gaps[0][2]:.1e}; the largest of "
+                  f"{len(gaps)} updates {max(map(max, gaps)):.1e}")
+            if max(gaps[0]) > 1e-5:
+                raise AssertionError("the first losses differ by more than 1e-5: no time is reported for methods that compute different things")
+        else:
+            print(f"corl iql: {IQL_PEER.relative_to(Path(__file__).parent)} is not there (requirements-peers.txt says where it comes from), left out")
+        for _ in range(cfg.rounds):
+            for method in methods:
+                runs[method].append(in_process("iql", method, folder, cfg))
+    rows, of = {}, lambda r, clock: statistics.median(s[clock] for s in r["seconds"])
+    for m, rs in runs.items():
+        rows[m] = dict(memory_mb=statistics.median(r["memory_mb"] for r in rs), losses=rs[0]["losses"])
+        for clock, name in enumerate(("wall", "cpu")):
+            rows[m][f"update_{name}_ms"] = summarize([1e3 * s[clock] for r in rs for s in r["seconds"]])
+        wall, cpu = rows[m]["update_wall_ms"], rows[m]["update_cpu_ms"]
+        print(f"{m:>15}  {1e3 / wall['p50']:6.1f} updates a second, {wall['p50']:6.2f} ms [{wall['p25']:.2f}, {wall['p75']:.2f}], CPU {cpu['p50']:.2f} ms "
+              f"[{cpu['p25']:.2f}, {cpu['p75']:.2f}]  +{rows[m]['memory_mb']:.0f} MB")
+    for m in methods if "corl iql" in methods else ():
+        if m != "corl iql":
+            for clock, name in enumerate(("wall", "cpu")):
+                ratios = [of(theirs, clock) / of(ours, clock) for ours, theirs in zip(runs[m], runs["corl iql"])]
+                rows[m][f"speedup_{name}"] = summarize(ratios)
+                print(f"updates per second, {name} time, {m} / corl iql: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{x:.2f}' for x in ratios)})")
+    return result | dict(methods=rows)
+
+
+# -----------------------------------------------------------------------------
 # head: hidden states and a table to log-probabilities and back
 
 HEAD_SHAPES = ((1024, 128, 272), (1024, 128, 4096), (512, 256, 32768), (256, 896, 151936))      # N, D, V
@@ -936,8 +1082,9 @@ def bench_sandbox(cfg):
     return dict(tier=tier, milliseconds=rows, ratio=ratios)
 
 
-WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker, "recsys": recsys_worker}
-GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "head": bench_head, "sandbox": bench_sandbox}
+WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker, "recsys": recsys_worker, "iql": iql_worker}
+GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "iql": bench_iql, "head": bench_head,
+          "sandbox": bench_sandbox}
 
 
 def main(cfg, groups):

@@ -339,7 +339,8 @@ def icu_sepsis(folder=None):
         except (ValueError, OSError, EOFError, zlib.error) as e:
             raise ValueError(f"{path}: cannot be read as a table of numbers ({e})") from None
         if found.size != math.prod(shape) or not np.isfinite(found).all():
-            raise ValueError(f"{path}: expected {math.prod(shape):,} finite numbers, found {found.size:,}, {int((~np.isfinite(found)).sum())} of them not finite")
+            raise ValueError(f"{path}: expected {math.prod(shape):,} finite numbers, found {found.size:,}, {int((~np.isfinite(found)).sum())} of them "
+                             "not finite")
         return found.reshape(shape)
 
     transition, behavior = table("transitionFunction.csv", (716, 25, 716)), table("expertPolicy.csv", (716, 25))
@@ -469,7 +470,8 @@ def load(path, reward="raw"):
         if actions.min() < 0:
             raise ValueError(f"{path}: actions are numbered from 0, found {actions.min()}")
     elif np.abs(actions).max() > 1 + 1e-5:
-        raise ValueError(f"{path}: actions reach {np.abs(actions).max():g}, expected at most 1 in each coordinate: the policy's mean is a tanh; divide by the bound")
+        raise ValueError(f"{path}: actions reach {np.abs(actions).max():g}, expected at most 1 in each coordinate: the policy's mean is a tanh; "
+                         "divide by the bound")
 
     ends = terminal | timeout
     episode = np.append(0, ends[:-1].cumsum())

@@ -1,4 +1,6 @@
 """A peer that computes something else would make a ratio of speeds meaningless."""
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
@@ -42,3 +44,24 @@ def test_plain_evaluation_by_hand():
     found = Fixed(config).evaluate(histories, torch.tensor([5, 11, 1]))     # places 5 - 2 = 3, 11 and 1
     assert abs(found["hr@10"] - 2 / 3) < 1e-12
     assert abs(found["ndcg@10"] - (1 / 2 + 0 + 1) / 3) < 1e-6
+
+
+def test_iql_weights_of_the_peer_are_copied_head_by_head():
+    """With networks of CORL's layout: V, Q and policy of the copy say what theirs say."""
+    generator = torch.Generator().manual_seed(0)
+    net = lambda inputs, outputs, *last: SimpleNamespace(net=torch.nn.Sequential(
+        torch.nn.Linear(inputs, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, outputs), *last))
+    O, A = bench.IQL_OBS, bench.IQL_ACTIONS
+    twins = lambda: SimpleNamespace(q1=net(O + A, 1), q2=net(O + A, 1))
+    peer = SimpleNamespace(vf=SimpleNamespace(v=net(O, 1)), qf=twins(), q_target=twins(), actor=SimpleNamespace(net=net(O, A, torch.nn.Tanh()),
+                                                                                                                log_std=torch.linspace(-1, 1, A)))
+    _, agent, target, _ = bench.iql_temper()
+    bench.iql_copy(agent, target, peer)
+    obs, actions = torch.randn(9, O, generator=generator), torch.rand(9, A, generator=generator)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    close(agent.values(obs), peer.vf.v.net(obs)[:, 0])
+    both = torch.cat([obs, actions], 1)
+    close(agent.qs(agent.q, obs, actions), torch.stack([peer.qf.q1.net(both)[:, 0], peer.qf.q2.net(both)[:, 0]]))
+    close(agent.qs(target, obs, actions), torch.stack([peer.q_target.q1.net(both)[:, 0], peer.q_target.q2.net(both)[:, 0]]))
+    want = torch.distributions.Normal(peer.actor.net.net(obs), peer.actor.log_std.exp()).log_prob(actions).sum(1)
+    close(agent.logps(obs, actions), want)
