@@ -311,8 +311,8 @@ def world_log(world, seed, *, num_users=700, num_sessions=1, shuffled=False, **s
 # Tables and pictures of an evaluation: {(crowd, policy): (n, T) utilities of the picks}, rows of all policies of a crowd are the same people
 
 
-POLICIES = dict(base="generator as it comes", random="random slates", bc="cloned slates", myopic="one turn ahead", iql="IQL", oracle_greedy="knows the person, one turn ahead",
-                oracle_type="IQL that is told the type")
+POLICIES = dict(base="generator as it comes", random="random slates", bc="cloned slates", myopic="one turn ahead", iql="IQL",
+                oracle_greedy="knows the person, one turn ahead", oracle_type="IQL that is told the type")
 
 
 def compare(found, seed=0):
@@ -337,16 +337,15 @@ def compare(found, seed=0):
 def report(name, found, results, kinds, specific, trained_in, best):
     """-> lines of markdown."""
     lines = [f"# {name}: slates for people who were held out\n",
-             "Selected on people of the simulator: " + ", ".join(f"{label} at step {b['step']} (utility {b['score']:.4f})" for label, b in best.items()) + ".\n"]
+             "Selected on people of the simulator: " + ", ".join(f"{label} at step {b['step']} ({b['score']:.4f})" for label, b in best.items()) + ".\n"]
     for crowd, of_crowd in results.items():
         people = len(next(x for (c, _), x in found.items() if c == crowd))
         lines += [f"## {crowd}: {'who the agents were trained with' if crowd == trained_in else 'whom training never saw'}, {people:,} people\n",
-                  markdown(["policy", "utility per turn", "last turn", "less random, last turn", "last pick above first", "above base", "of the way to oracle_type"], [
-                      [policy, cell(r["mean"]), cell(r["last_turn"]), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["less_random"]), cell(r["improved"], 3), cell(r["wins"], 3),
-                       cell(r["gap"], 2)] for policy, r in of_crowd.items()])]
-        rows = [[policy, *(cell(float(found[crowd, policy][mask].mean())) for mask in (~specific, specific) if mask.any()),
-                 *(cell(float(found[crowd, policy][kinds[crowd] == k].mean())) if (kinds[crowd] == k).any() else "-" for k in range(kinds[crowd].max() + 1))]
-                for policy in of_crowd]
+                  markdown(["policy", "utility per turn", "last turn", "less random, last turn", "last pick above first", "above base", "share of the gap"], [
+                      [policy, cell(r["mean"]), cell(r["last_turn"]), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["less_random"]), cell(r["improved"], 3),
+                       cell(r["wins"], 3), cell(r["gap"], 2)] for policy, r in of_crowd.items()])]
+        groups = [mask for mask in (~specific, specific) if mask.any()] + [kinds[crowd] == k for k in range(kinds[crowd].max() + 1)]
+        rows = [[policy, *(cell(float(found[crowd, policy][mask].mean()) if mask.any() else None) for mask in groups)] for policy in of_crowd]
         header = [label for label, mask in (("vague start", ~specific), ("specific start", specific)) if mask.any()]
         lines.append(markdown(["utility per turn", *header, *(f"type {k}" for k in range(kinds[crowd].max() + 1))], rows))
     if trained_in in results and len(results) > 1:
@@ -384,8 +383,8 @@ COLORS = {"base": "#999999", "random": "#cccccc", "bc": "#edae49", "myopic": "#d
 
 
 def storyboard(story, path, session=None):
-    """{policy: Simulated} of the same people -> a picture: each turn's columns with their prompts and utilities, the pick framed. session: which one; None: the one
-    where the last pick of the second policy exceeds that of the first most."""
+    """{policy: Simulated} of the same people -> a picture: each turn's columns with their prompts and utilities, the pick framed. session: which one; None:
+    the one where the last pick of the last policy exceeds that of the first most."""
     import textwrap
     import matplotlib
     matplotlib.use("Agg")
@@ -404,15 +403,15 @@ def storyboard(story, path, session=None):
             for l in range(L):
                 u, chosen = s.utility[session, t, l], l == log.choice[n]
                 shade = (u - low) / (high - low + 1e-9)
-                ax.add_patch(plt.Rectangle((l + .03, T - t - .95), .94, .9, fc=(1 - .55 * shade, 1 - .2 * shade, 1 - .45 * shade), ec="#222222" if chosen else "#dddddd",
-                                           lw=2.2 if chosen else .8))
+                color = (1 - .55 * shade, 1 - .2 * shade, 1 - .45 * shade)
+                ax.add_patch(plt.Rectangle((l + .03, T - t - .95), .94, .9, fc=color, ec="#222222" if chosen else "#dddddd", lw=2.2 if chosen else .8))
                 text = log.texts[log.candidates[n, log.slate[n, l]]]
                 ax.text(l + .5, T - t - .47, "\n".join(textwrap.wrap(text, 24)) + f"\n{u:.2f}", ha="center", va="center", fontsize=7.5,
                         fontweight="bold" if chosen else "normal")
             if log.critique[n]:
                 ax.text(L + .03, T - t - .5, f"“{log.critique[n]}”", fontsize=8, va="center", style="italic")
             ax.text(-.05, T - t - .5, f"turn {t + 1}", ha="right", va="center", fontsize=9)
-        ax.set(title=f"{POLICIES.get(policy, policy)}: starts from “{log.texts[log.prompt[session]]}”, ends at {s.picked[session, -1]:.2f}", xlim=(-.5, L + .8), ylim=(0, T + .05))
+        ax.set(title=f"{POLICIES.get(policy, policy)}: from “{log.texts[log.prompt[session]]}” to {s.picked[session, -1]:.2f}", xlim=(-.5, L + .8), ylim=(0, T + .05))
         ax.set_axis_off()
     fig.suptitle("One person, two agents: columns as shown, the pick framed, darker is worth more to this person", fontsize=10)
     save_figure(fig, list(axes[0]), path)

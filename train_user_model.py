@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import sessions
 import user_model
 from common import Logger, all_reduce_sum, check_finite, format_seconds, lr_scale, parse_config, random_key, setup_distributed, write_atomically
 from data import preferences, slate
@@ -136,8 +137,10 @@ class Data(NamedTuple):
 def open_log(cfg):
     """-> (user ids, Observations | None, pairs dict | None, ratings dict | None, types (U,) | None, name of the encoder)."""
     if cfg.data == "world":
-        log, ids, emb, types = slate.make_log(cfg.seed, num_users=cfg.num_users, num_sessions=cfg.num_sessions)
-        return log.user_ids, slate.observations(log, ids, emb), None, None, types, "world"
+        found = sessions.world_log(slate.World(cfg.seed), cfg.seed, num_users=cfg.num_users, num_sessions=cfg.num_sessions)
+        types = np.zeros(cfg.num_users, np.int64)
+        types[found.log.user] = found.kind
+        return found.log.user_ids, slate.observations(found.log, found.ids, found.emb), None, None, types, "world"
     files = [load_embeddings(path) for path in cfg.embeddings.split(",") if path]
     if not files:
         raise ValueError("--embeddings is empty: expected the .npz files of the prompts and images that --data and --single name")

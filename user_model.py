@@ -33,23 +33,11 @@ from torch import nn
 import checkpoint
 from calibration import save_figure
 from common import write_atomically
+from data.slate import Observations
 
 TAU_RANGE = (0.1, 100.0)
 TAUS = ("choice", "pair", "compare")
 BETTER, SAME, WORSE, NOT_ASKED = 1, 0, -1, 2
-
-
-class Observations(NamedTuple):
-    """Turns of sessions, ordered by (user, session, turn)."""
-    user: np.ndarray            # (N,) int64, 0..U-1
-    start: np.ndarray           # (N, D) the prompt that the session began with: what the user wants
-    base: np.ndarray            # (N, D) the prompt that this turn began with, the pick of the turn before
-    images: np.ndarray          # (N, L, M, D) the M images of each of L columns
-    choice: np.ndarray          # (N,) int64 the column that was picked
-    before: np.ndarray          # (N,) int64 row of the turn before in the same session, -1 at a first turn
-    compare: np.ndarray         # (N,) int64 this pick beside that one: 1 better, 0 same, -1 worse, 2 not asked
-    turn: np.ndarray            # (N,) int64
-    session: np.ndarray         # (N,) int64
 
 
 class Pairs(NamedTuple):
