@@ -51,7 +51,7 @@ class Config:
     data: str = "cartpole"           # cartpole | walks | sepsis | icu_sepsis | FILE.npz, .hdf5, .csv (data/README.md)
     num_episodes: int = -1           # of generated data; auto: 1,500 of cartpole, 1,000 walks, 20,000 of sepsis
     reward: Literal["raw", "antmaze", "locomotion"] = "raw"     # files: as they are; minus 1; times 1000 / (best - worst return) (IQL)
-    normalize: bool = True           # shift and scale each coordinate of the state to mean 0 and deviation 1 (CORL; IQL does not)
+    standardize: bool = True         # shift and scale each coordinate of the state to mean 0 and deviation 1 (CORL; IQL does not)
     val_share: float = 0.1           # share of episodes held out
     env: str = ""                    # files: gymnasium environment in which the greedy policy is played, if gymnasium is installed
     num_games: int = 100             # episodes of an evaluation that plays
@@ -67,7 +67,7 @@ class Config:
     # length of the run and optimization
     num_steps: int = 6000            # updates; IQL has 1e6 on D4RL
     batch_size: int = 256            # steps of the log per update (IQL)
-    device_batch_size: int = 256     # of these per forward pass and device: lower when memory runs out, the result stays the same
+    device_batch_size: int = 256     # rows per forward pass and device: lower when memory runs out, the result stays the same
     lr: float = 3e-4                 # rate of Adam (IQL)
     cosine: bool = True              # the policy's rate falls to 0 along a cosine; those of Q and V stay (IQL)
     # machine
@@ -75,7 +75,7 @@ class Config:
     # looking and keeping
     log_every: int = 100             # updates between lines of metrics
     eval_every: int = 1000           # updates between evaluations; 0: only at the end
-    save_every: int = 0              # updates between checkpoints; 0: only at the end
+    save_every: int = 0              # steps between checkpoints; 0: only at the end
     resume: str = ""                 # latest, or a step folder: continue out/<name> exactly
     overwrite: bool = False          # delete the checkpoints of an earlier run of this name
     dry_run: bool = False            # print the resolved settings and the memory estimate, and stop
@@ -359,7 +359,7 @@ def train(cfg):
 
     # weights
     agent.init_weights(cfg.seed)
-    if cfg.normalize and config.obs_size:
+    if cfg.standardize and config.obs_size:
         known = data.obs[~held_out].astype(np.float64)
         agent.mean.data, agent.std.data = (torch.from_numpy(x).float() for x in (known.mean(0), known.std(0) + 1e-3))       # 1e-3: as CORL
     if resume or cfg.init:

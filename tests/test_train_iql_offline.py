@@ -342,7 +342,7 @@ def test_a_high_expectile_promises_what_the_policy_does_not_hold(monkeypatch):
 
 
 def test_cartpole_from_random_actions():
-    values = dict(normalize=True, width=64, lr=1e-3, num_steps=2500, eval_every=0)
+    values = dict(width=64, lr=1e-3, num_steps=2500, eval_every=0)
     iql = train_iql.main(Config(name="dummy/iql", **values))
     bc = train_iql.main(Config(name="dummy/bc", method="bc", **values | dict(num_steps=500)))
     assert iql["eval/return"] >= 300 and bc["eval/return"] <= 60 and 18 < iql["data_return"] < 27
@@ -357,7 +357,7 @@ def test_a_file_with_vector_actions_and_references():
     obs, done = rng.normal(size=(600, 3)), np.arange(600) % 20 == 19
     actions = np.tanh(obs[:, :2] * .5)
     np.savez("log.npz", observations=obs * 10 + 5, actions=actions, rewards=np.ones(600), terminals=np.zeros(600, bool), timeouts=done)
-    result = train_iql.main(Config(data="log.npz", normalize=True, width=32, lr=3e-3, num_steps=300, eval_every=0, score_random=10.0, score_expert=30.0, log_every=1))
+    result = train_iql.main(Config(data="log.npz", width=32, lr=3e-3, num_steps=300, eval_every=0, score_random=10.0, score_expert=30.0, log_every=1))
     assert result["data_return"] == 20 and result["data_score"] == 50 and "eval/return" not in result
     lines = [line["train/policy_loss"] for line in metrics() if "train/policy_loss" in line]
     assert result["val/nll"] < .5 < metrics()[0]["val/nll"] if "val/nll" in metrics()[0] else lines[-1] < lines[0]
