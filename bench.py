@@ -42,6 +42,7 @@ import recommend
 import rollouts
 import train_asft
 import train_dpo
+import offline_agent
 import train_iql
 import train_rl
 import train_sft
@@ -906,10 +907,10 @@ def corl_trainer(num_updates):
 
 def iql_temper():
     """-> (cfg, agent, target, optimizer) with train_iql.py's default settings, which are CORL's."""
-    agent = train_iql.OfflineAgent(train_iql.OfflineAgentConfig(0, IQL_OBS, 0, IQL_ACTIONS, 256, 2)).init_weights(0)
-    target = train_iql.MLP([IQL_OBS + IQL_ACTIONS, 256, 256, 1], 2).requires_grad_(False)
+    agent = offline_agent.OfflineAgent(offline_agent.OfflineAgentConfig(0, IQL_OBS, 0, IQL_ACTIONS, 256, 2)).init_weights(0)
+    target = offline_agent.MLP([IQL_OBS + IQL_ACTIONS, 256, 256, 1], 2).requires_grad_(False)
     target.load_state_dict(agent.q.state_dict())
-    return train_iql.Config(batch_size=IQL_BATCH), agent, target, train_iql.make_optimizer(agent, 3e-4)
+    return train_iql.resolved(train_iql.Config(task="offline", batch_size=IQL_BATCH)), agent, target, train_iql.make_optimizer(agent, 3e-4)
 
 
 @torch.no_grad()

@@ -411,7 +411,8 @@ def storyboard(story, path, session=None):
             if log.critique[n]:
                 ax.text(L + .03, T - t - .5, f"“{log.critique[n]}”", fontsize=8, va="center", style="italic")
             ax.text(-.05, T - t - .5, f"turn {t + 1}", ha="right", va="center", fontsize=9)
-        ax.set(title=f"{POLICIES.get(policy, policy)}: from “{log.texts[log.prompt[session]]}” to {s.picked[session, -1]:.2f}", xlim=(-.5, L + .8), ylim=(0, T + .05))
+        ax.set(title=f"{POLICIES.get(policy, policy)}: from “{log.texts[log.prompt[session]]}” to {s.picked[session, -1]:.2f}",
+               xlim=(-.5, L + .8), ylim=(0, T + .05))
         ax.set_axis_off()
     fig.suptitle("One person, two agents: columns as shown, the pick framed, darker is worth more to this person", fontsize=10)
     save_figure(fig, list(axes[0]), path)

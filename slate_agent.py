@@ -229,19 +229,20 @@ class SlateAgent(nn.Module):
         start = self.text(b.words, b.start) + self.role.weight[0]                                              # (B, D)
         is_picked = (torch.arange(L, device=device) == b.picked[:, :, None]).long()                            # (B, T, L)
         shown = self.text(b.words, b.shown) + self.category(b.shown_category) + self.role(1 + is_picked) + self.turn(number[:T])[:, None]
-        said = self.text(b.words, b.critique.clamp(min=0)) + self.role.weight[3] + self.turn(number[:T])       # (B, T, D)
+        spoken = T if bool((b.critique >= 0).any()) else 0                                                     # without a word no token is spent on any
+        said = self.text(b.words, b.critique[:, :spoken].clamp(min=0)) + self.role.weight[3] + self.turn(number[:spoken])
         state = (self.role.weight[4] + self.turn(number)).expand(B, -1, -1)
         if c.num_kinds:
             state = state + self.kind(b.kind)[:, None]
-        x = torch.cat([start[:, None], shown.flatten(1, 2), said, state], 1)                                   # (B, 1 + T L + T + T + 1, D)
+        x = torch.cat([start[:, None], shown.flatten(1, 2), said, state], 1)                                   # (B, 1 + T L + spoken + T + 1, D)
         # a token is seen by those of its own turn and of later ones; a state by itself alone
-        turn = torch.cat([turns.new_zeros(1), turns[:T].repeat_interleave(L), turns[:T], turns])
+        turn = torch.cat([turns.new_zeros(1), turns[:T].repeat_interleave(L), turns[:spoken], turns])
         is_state = torch.arange(len(turn), device=device) >= len(turn) - T - 1
         is_start = torch.arange(len(turn), device=device) == 0
         age = turn[:, None] - turn                                                                             # of the key, for each query
         mask = is_start | (~is_state & (age >= is_state[:, None].long()) & ~is_start[:, None])
         mask = (mask | torch.eye(len(turn), dtype=torch.bool, device=device)).expand(B, 1, -1, -1)
-        if bool((b.critique < 0).any()):
+        if spoken and bool((b.critique < 0).any()):
             silent = torch.cat([b.critique.new_zeros(B, 1 + T * L, dtype=torch.bool), b.critique < 0, b.critique.new_zeros(B, T + 1, dtype=torch.bool)], 1)
             mask = mask & ~(silent[:, None, None] & ~torch.eye(len(turn), dtype=torch.bool, device=device))
         one, zero = x.new_ones(()), x.new_zeros(())                                                            # no rotation: columns have no order

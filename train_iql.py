@@ -96,7 +96,7 @@ class Config:
     # data of --task=offline
     num_episodes: int = -1           # of generated data; auto: 1,500 of cartpole, 1,000 walks, 20,000 of sepsis
     reward: Literal["raw", "antmaze", "locomotion"] = "raw"     # files: as they are; minus 1; times 1000 / (best - worst return) (IQL)
-    normalize: bool = True           # shift and scale each coordinate of the state to mean 0 and deviation 1 (CORL; IQL does not)
+    standardize: bool = True         # offline: shift and scale each coordinate of the state to mean 0 and deviation 1 (CORL; IQL does not)
     env: str = ""                    # files: gymnasium environment in which the greedy policy is played, if gymnasium is installed
     num_games: int = 100             # episodes of an evaluation that plays
     score_random: float = 0.0        # with score_expert: returns that are 0 and 100 of the normalised score
@@ -115,7 +115,7 @@ class Config:
     # length of the run and optimization
     num_steps: int = -1              # updates of each method; auto: slate 1500, offline 6000 (IQL: 1e6 on D4RL)
     batch_size: int = -1             # per update; auto: 64 sessions (ours), 256 steps of a log (IQL)
-    device_batch_size: int = 1024    # of these per forward pass and device: lower when memory runs out, the result stays the same
+    device_batch_size: int = 1024    # rows per forward pass and device: lower when memory runs out, the result stays the same
     lr: float = -1.0                 # rate; auto: slate 1e-3, AdamW, warmed up and decayed (ours), offline 3e-4, Adam (IQL)
     cosine: bool = True              # offline: the policy's rate falls to 0 along a cosine; those of Q and V stay (IQL)
     weight_decay: float = 0.01       # slate: on matrices (ours)
@@ -130,7 +130,7 @@ class Config:
     val_people: int = 200            # slate: persons of --simulator on whom the step that stays is selected
     log_every: int = 100             # updates between lines of metrics
     eval_every: int = -1             # updates between evaluations, 0: only at the end; auto: slate 500, offline 1000
-    save_every: int = 0              # updates between checkpoints; 0: only at the end
+    save_every: int = 0              # steps between checkpoints; 0: only at the end
     resume: str = ""                 # latest, or a step folder: continue out/<name> exactly
     overwrite: bool = False          # delete the checkpoints of an earlier run of this name
     dry_run: bool = False            # print the resolved settings and the memory estimate, and stop
@@ -318,7 +318,7 @@ def open_sessions(cfg, crowds, propose, name, rank):
             reward = log.reward
             if cfg.reward_source == "model" or np.isnan(reward).any():
                 if cfg.reward_source == "given":
-                    raise ValueError(f"{path}: {int(np.isnan(reward).sum()):,} turns have no reward; with --reward_source=model --simulator's user model says it")
+                    raise ValueError(f"{path}: {int(np.isnan(reward).sum()):,} turns have no reward; --reward_source=model has a user model say it")
                 if cfg.simulator == "world":
                     raise ValueError("--reward_source=model: --simulator must be the folder of a user model, the hidden world tells nobody")
                 given = ~np.isnan(reward)
@@ -371,8 +371,8 @@ def check_slate(cfg):
     if not 0 < cfg.expectile < 1 or not 0 <= cfg.gamma <= 1 or not 0 < cfg.rho <= 1 or not 0 < cfg.val_share < 1:
         raise ValueError(f"expected --expectile in (0, 1), --gamma in [0, 1], --rho in (0, 1] and --val_share in (0, 1), found {cfg.expectile}, {cfg.gamma}, "
                          f"{cfg.rho}, {cfg.val_share}")
-    for key, least in dict(horizon=1, slate_size=1, images_per_prompt=1, max_per_category=0, candidates_per_category=1, sim_sessions=10, num_steps=1, batch_size=1,
-                           device_batch_size=1, log_every=1, eval_every=0, save_every=0, eval_people=2, val_people=1, cql_alpha=0).items():
+    for key, least in dict(horizon=1, slate_size=1, images_per_prompt=1, max_per_category=0, candidates_per_category=1, sim_sessions=10, num_steps=1,
+                           batch_size=1, device_batch_size=1, log_every=1, eval_every=0, save_every=0, eval_people=2, val_people=1, cql_alpha=0).items():
         if getattr(cfg, key) < least:
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected at least {least}")
     if not 0 <= cfg.critique <= 1:
@@ -430,7 +430,7 @@ def train_slate(cfg):
         if key not in loaded:
             log, rewards, weights, kind = open_sessions(cfg, crowds, propose, key, rank)
             loaded = {key: (log, rewards, weights, rectangles(log, rewards, kind).to(device))}
-            logger.print(f"{stage.label}: {len(log.user):,} sessions of {len(log.user_ids):,} people, {len(log.choice):,} turns, mean reward {rewards.mean():.4f}"
+            logger.print(f"{stage.label}: {len(log.user):,} sessions of {len(log.user_ids):,} people, {len(log.choice):,} turns, reward {rewards.mean():.4f}"
                          + (f", generator {dict(propose.counts)}" if cfg.generator != "template" else ""))
         log, rewards, weights, rectangle = loaded[key]
         is_val = (slate.parts_of(log.user_ids, cfg.seed, (1 - cfg.val_share, cfg.val_share)) == 1)[log.user]
@@ -540,7 +540,8 @@ def train_slate(cfg):
             state["seconds"][stage.label] = state["seconds"].get(stage.label, 0.0) + seconds
             if logged:
                 logger.log(g + 1, **{f"train/{k}": v for k, v in sums.items()}, **{
-                    "train/grad_norm": grad_norm.item(), "train/lr": optimizers[0].param_groups[0]["lr"], "time/step": seconds, "time/turns_per_sec": num / seconds})
+                    "train/grad_norm": grad_norm.item(), "train/lr": optimizers[0].param_groups[0]["lr"], "time/step": seconds,
+                    "time/turns_per_sec": num / seconds})
             if (step + 1) % max(1, cfg.num_steps // 5) == 0 and logged:
                 left = (time.monotonic() - started) / (g + 1 - begun_at) * (len(stages) * cfg.num_steps - g - 1)
                 logger.print(f"{stage.label} step {step + 1:5d}/{cfg.num_steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in sums.items())
@@ -594,7 +595,8 @@ def finish_slate(cfg, crowds, stages, evaluated, propose, deployment, state, dev
                             config=asdict(cfg), rank=rank, world_size=world_size)
     summary = dict(name=cfg.name, checkpoint=str(saved), parameters=num_params(first), seconds=round(time.monotonic() - started, 1))
     if rank == 0:
-        summary |= {f"{crowd} {policy}": dict(mean=round(float(x.mean()), 4), last_turn=round(float(x[:, -1].mean()), 4)) for (crowd, policy), x in found.items()}
+        summary |= {f"{crowd} {policy}": dict(mean=round(float(x.mean()), 4), last_turn=round(float(x[:, -1].mean()), 4))
+                    for (crowd, policy), x in found.items()}
     logger.close(**summary)
     return summary
 
@@ -742,7 +744,7 @@ def train_offline(cfg):
 
     # weights
     agent.init_weights(cfg.seed)
-    if cfg.normalize and config.obs_size:
+    if cfg.standardize and config.obs_size:
         known = data.obs[~held_out].astype(np.float64)
         agent.mean.data, agent.std.data = (torch.from_numpy(x).float() for x in (known.mean(0), known.std(0) + 1e-3))       # 1e-3: as CORL
     if resume or cfg.init:

@@ -13,11 +13,13 @@ from test_train_sft import flags, kill_9, metrics, run
 import checkpoint
 import train_iql
 from data import offline
-from train_iql import (Config, MLP, OfflineAgent, OfflineAgentConfig, expectile_loss, losses_of, policy_loss, q_loss, td_target, update_target)
+from offline_agent import MLP, OfflineAgent, OfflineAgentConfig
+from train_iql import expectile_loss, losses_of, policy_loss, q_loss, td_target, update_target
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_iql.py")
 SMALL = dict(width=16, num_episodes=40, num_steps=6, batch_size=32, device_batch_size=32, eval_every=3, num_games=4, log_every=1)
+Config = lambda **values: train_iql.resolved(train_iql.Config(task="offline", **values))
 tensor = lambda *x: torch.tensor(x, dtype=torch.float64)
 
 
@@ -342,7 +344,7 @@ def test_a_high_expectile_promises_what_the_policy_does_not_hold(monkeypatch):
 
 
 def test_cartpole_from_random_actions():
-    values = dict(normalize=True, width=64, lr=1e-3, num_steps=2500, eval_every=0)
+    values = dict(width=64, lr=1e-3, num_steps=2500, eval_every=0)
     iql = train_iql.main(Config(name="dummy/iql", **values))
     bc = train_iql.main(Config(name="dummy/bc", method="bc", **values | dict(num_steps=500)))
     assert iql["eval/return"] >= 300 and bc["eval/return"] <= 60 and 18 < iql["data_return"] < 27
@@ -357,7 +359,7 @@ def test_a_file_with_vector_actions_and_references():
     obs, done = rng.normal(size=(600, 3)), np.arange(600) % 20 == 19
     actions = np.tanh(obs[:, :2] * .5)
     np.savez("log.npz", observations=obs * 10 + 5, actions=actions, rewards=np.ones(600), terminals=np.zeros(600, bool), timeouts=done)
-    result = train_iql.main(Config(data="log.npz", normalize=True, width=32, lr=3e-3, num_steps=300, eval_every=0, score_random=10.0, score_expert=30.0, log_every=1))
+    result = train_iql.main(Config(data="log.npz", width=32, lr=3e-3, num_steps=300, eval_every=0, score_random=10.0, score_expert=30.0, log_every=1))
     assert result["data_return"] == 20 and result["data_score"] == 50 and "eval/return" not in result
     lines = [line["train/policy_loss"] for line in metrics() if "train/policy_loss" in line]
     assert result["val/nll"] < .5 < metrics()[0]["val/nll"] if "val/nll" in metrics()[0] else lines[-1] < lines[0]
