@@ -71,7 +71,7 @@ class Config:
     width: int = 256                 # offline: units of a hidden layer (IQL)
     depth: int = 2                   # offline: hidden layers (IQL)
     # data of --task=slate: people and sessions
-    data: str = ""                   # slate: session files with weights, as real.jsonl:1,sim.jsonl:1; empty: sessions simulated with --simulator;
+    data: str = ""                   # slate: session files with weights, as real.jsonl:1,simulated:1; simulated, or empty: with --simulator;
                                      # offline: cartpole | walks | sepsis | icu_sepsis | FILE.npz, .hdf5, .csv (data/README.md); empty: cartpole
     embeddings: str = ""             # .npz files of --data's prompts and images, where a user model says the rewards; clip:FOLDER embeds texts by CLIP
     simulator: str = "world"         # world, or the folder of a user model: with whom sessions are simulated, rewards labelled, and steps selected (A)
@@ -308,12 +308,16 @@ def settings_of(cfg, propose):
                 propose=propose, reward_at=cfg.reward_at)
 
 
-def open_sessions(cfg, crowds, propose, name, rank):
+def open_sessions(cfg, crowds, propose, name):
     """-> (Log, (N,) rewards, (S,) weights of sampling, (S,) types or None). name: of a crowd that simulates; "": --data."""
     if not name:
         logs, weights, rewards = [], [], []
         for part in cfg.data.split(","):
             path, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
+            if path == "simulated":
+                log, reward, _, _ = open_sessions(cfg, crowds, propose, cfg.simulator)
+                logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), float(weight) / len(log.user)))
+                continue
             log = slate.read(path, cfg.slate_size, cfg.max_per_category == 1)
             reward = log.reward
             if cfg.reward_source == "model" or np.isnan(reward).any():
@@ -428,7 +432,7 @@ def train_slate(cfg):
         # sessions: of --data or simulated once for all methods, for an oracle by the crowd that it is asked about
         key = stage.crowd or ("" if cfg.data else cfg.simulator)
         if key not in loaded:
-            log, rewards, weights, kind = open_sessions(cfg, crowds, propose, key, rank)
+            log, rewards, weights, kind = open_sessions(cfg, crowds, propose, key)
             loaded = {key: (log, rewards, weights, rectangles(log, rewards, kind).to(device))}
             logger.print(f"{stage.label}: {len(log.user):,} sessions of {len(log.user_ids):,} people, {len(log.choice):,} turns, reward {rewards.mean():.4f}"
                          + (f", generator {dict(propose.counts)}" if cfg.generator != "template" else ""))

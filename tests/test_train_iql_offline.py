@@ -241,7 +241,7 @@ train_iql.main(parse_config(Config))
 def test_the_gradient_is_equal_for_two_ranks(monkeypatch):
     Path("ranks.py").write_text(RANKS)
     values = SMALL | dict(num_steps=1, eval_every=0, device_batch_size=8)
-    run("ranks.py", *flags(name="dummy/two", **values), ranks=2)
+    run("ranks.py", *flags(task="offline", name="dummy/two", **values), ranks=2)
     assert close(gradients(monkeypatch, "one"), torch.load("ranks.pt", weights_only=True))
     train_iql.main(Config(name="dummy/alone", **values))
     for key in ("train/v_loss", "train/q_loss", "train/policy_loss", "train/below"):
@@ -256,7 +256,7 @@ def test_kill_9_and_resume_is_exact():
     """Killed between two checkpoints: weights, target, optimizer and metrics are bitwise those of a run that never stopped."""
     values = SMALL | dict(num_steps=300, save_every=50, eval_every=100, log_every=20)
     train_iql.main(Config(name="dummy/whole", **values))
-    process = run(SCRIPT, *flags(name="dummy/killed", **values), wait=False)
+    process = run(SCRIPT, *flags(task="offline", name="dummy/killed", **values), wait=False)
     while not Path("out/dummy/killed/step_000100").exists():
         assert process.poll() is None, process.communicate()
     kill_9(process)
@@ -379,7 +379,6 @@ def test_a_file_is_played_in_gymnasium_where_it_is_installed():
 
 
 @pytest.mark.parametrize("values, message", [
-    (dict(task="slate"), "--task=slate: only"),
     (dict(beta=0.0), "--beta=0.0: expected above 0: at 0 every weight is 1"),
     (dict(beta=-1.0), "--beta=-1.0: expected above 0"),
     (dict(expectile=1.0), "--expectile in"),
