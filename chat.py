@@ -4,6 +4,7 @@
     python chat.py --init=out/quickstart/sft --prompt="Tom has 12 pens and buys 3 bags of 4 pens. How many pens?"
     python chat.py --rollouts=out/rl
     python chat.py --init=out/asft --prompt="Toy Story (1995); Fargo (1996)"
+    python chat.py --init=out/slates --prompt="painting of a fox; 2; 1; 4 more neon"
 
 A calculator and Python (in the sandbox) are at hand: when the model calls one, the call and its result are shown and the model goes on.
 Commands: /new forgets the conversation, /raw TEXT lets the model continue plain text, /quit (or end of input) leaves.
@@ -11,6 +12,9 @@ A checkpoint with a calibration.json (train_calibration.py) says how sure it is 
 
 The checkpoint of a recommender (train_asft.py) is told a history, titles or ids with ; between them, the latest last, and shows what it recommends,
 before post-training and after.
+
+A slate agent (train_iql.py) is told what a picture should show, and then, turn by turn, which of its columns you like best (and, if you wish, a few
+words): it learns a taste as you pick. With --prompt the picks stand after it, with ; between them.
 
 --rollouts pages through the rollouts.jsonl of a run (or all below a folder): prompt, turns, calls, results, reward and outcome.
 """
@@ -29,8 +33,11 @@ import recommend
 from common import parse_config, random_key, setup_distributed
 from data import sandbox
 from data.calculator import TOOL, CalculatorError, calculate
+from data.expansions import open_generator
 from engine import generate
 from rollout_pager import page
+from sessions import Session
+from slate_agent import load_agent
 from tokenizer import ToolCallError, parse_tool_calls
 
 
@@ -38,6 +45,7 @@ from tokenizer import ToolCallError, parse_tool_calls
 class Config:
     init: str = ""                   # checkpoint folder: out/<name>, a step folder, or one of Hugging Face
     prompt: str = ""                 # answer this one message and stop; empty: an interactive session
+    generator: str = "template"      # slate agents: who proposes candidates, as the agent was trained with; checkpoint:PATH, url:BASE
     rollouts: str = ""               # page through what a run sampled: out/<name>, or a rollouts.jsonl; needs no --init
     system: str = ""                 # system message
     tools: bool = False              # write the tools' signatures into the prompt (large models need them; toy models never saw any)
@@ -160,6 +168,45 @@ def recommendations(cfg, folder):
     print(json.dumps(dict(init=cfg.init, turns=turns)))
 
 
+def slates(cfg, folder, device):
+    """A session with a slate agent: a start prompt, then picks. -> what was picked, turn by turn."""
+    agent, deployment = load_agent(folder, device)
+    propose = open_generator(cfg.generator, device=device)
+    if propose.name != deployment.generator:
+        raise ValueError(f"{folder}: trained with candidates of {deployment.generator}, --generator={cfg.generator} is {propose.name}: what it learned of "
+                         "candidates holds for those of its own generator")
+    script = [part.strip() for part in cfg.prompt.split(";")] if cfg.prompt else None
+
+    def hear(question):
+        if script is not None:
+            return script.pop(0) if script else "/quit"
+        try:
+            return input(question).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return "/quit"
+    start = hear("What should the picture show? ")
+    session = Session(agent, deployment, propose, start, cfg.seed, device) if start and start != "/quit" else None
+    while session and session.turn < deployment.horizon:
+        columns = session.show()
+        print(f"turn {session.turn + 1} of {deployment.horizon}")
+        for place, (category, text) in enumerate(columns, 1):
+            print(f"  {place}  {category:9} {text}", flush=True)
+        while True:
+            answer = hear("Which one? ")
+            number, _, words = answer.partition(" ")
+            if answer == "/quit" or (number.isdecimal() and 1 <= int(number) <= len(columns)):
+                break
+            print(f"a number from 1 to {len(columns)}, and words after it if you like; /quit leaves")
+        if answer == "/quit":
+            break
+        session.pick(int(number) - 1, words.strip())
+        print(f"-> {session.base}", flush=True)
+    shown = dict(init=cfg.init, prompt=start, picks=session.turn if session else 0, last=session.base if session else "")
+    print(json.dumps(shown, ensure_ascii=False))
+    return shown
+
+
 def main(cfg):
     if cfg.rollouts:
         return page(Path(cfg.rollouts))
@@ -169,6 +216,8 @@ def main(cfg):
     folder = checkpoint.newest(cfg.init)
     if (folder / "catalogue.json").exists():
         return recommendations(cfg, folder)
+    if (folder / "deployment.json").exists():
+        return slates(cfg, folder, device)
     model, tokenizer = checkpoint.load_hf(folder, device)
     calibrated = confidence.load(folder, model)
     if device.type == "cuda":

@@ -274,6 +274,43 @@ def stranger(crowd, seed, turn):
     return other
 
 
+class Session:
+    """One person's session with an agent, turn by turn: show() -> [(category, text)] of the columns, pick(column, words), base: what was picked last."""
+
+    def __init__(self, agent, deployment, propose, start, seed=0, device="cpu"):
+        self.agent, self.deployment, self.propose, self.seed, self.device = agent, deployment, propose, seed, device
+        self.start = self.base = start
+        self.texts = Texts([start])
+        self.turns = []                                                       # (rows of the columns, categories, pick, row of the words or -1)
+
+    @property
+    def turn(self):
+        return len(self.turns)
+
+    def show(self):
+        d = self.deployment
+        proposed = self.propose(self.base, self.seed, 0, self.turn)
+        rows = self.texts.add([text for _, text in proposed])
+        categories = np.array([CATEGORIES.index(c) for c, _ in proposed])
+        past = [np.array([t[k] for t in self.turns], np.int64).reshape(1, self.turn, *shape) for k, shape in
+                ((0, (d.slate_size,)), (1, (d.slate_size,)), (2, ()), (3, ()))]
+        row = lambda text: self.texts.add([text])
+        view = View(self.texts, self.turn, row(self.start), row(self.base), *past, rows[None], categories[None], np.array([-1]))
+        slate_, _ = agent_policy(self.agent, self.device)(view, Limits(d.slate_size, d.max_per_category))
+        self.columns = rows[slate_[0]], categories[slate_[0]]
+        return [(CATEGORIES[c], self.texts.texts[r]) for r, c in zip(*self.columns)]
+
+    def pick(self, column, words=""):
+        self.turns.append((*self.columns, column, self.texts.add([words])[0] if words else -1))
+        self.base = self.texts.texts[self.columns[0][column]]
+
+
+class Limits(NamedTuple):
+    """All that an agent needs of Facts."""
+    slate_size: int
+    max_per_category: int
+
+
 # -----------------------------------------------------------------------------
 # What a log's turns were worth, where nobody wrote it down
 
