@@ -270,6 +270,31 @@ def test_critic_warmup_leaves_the_policy_alone(models):
     assert metrics()[0]["critic/loss"] > 0 and "train/loss" not in metrics()[0]
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo_mean"])
+def test_target_kl_ends_a_step_s_updates(models, method):
+    """A rate that moves far: of eight updates the first is made, whatever follows it is measured and left out; the critic makes all of its own."""
+    prompt_file()
+    values = settings(models, method=method, num_epochs_per_step=2, num_minibatches=4, num_steps=1, lr=1e-2, kl_coef=0.0)
+    train_rl.main(Config(**values | dict(name="dummy/free")))
+    train_rl.main(Config(**values | dict(name="dummy/bound", target_kl=1e-4)))
+    train_rl.main(Config(**values | dict(name="dummy/loose", target_kl=10.0)))
+    free, bound, loose = (metrics(f"dummy/{name}")[-2] for name in ("free", "bound", "loose"))
+    assert 1 <= bound["train/updates"] <= 3 and loose["train/updates"] == 8 and "train/updates" not in free
+    assert bound["train/approx_kl"] <= 1e-4 < free["train/approx_kl"] == loose["train/approx_kl"]
+    if method == "ppo":
+        a, b = (load_file(f"out/dummy/{name}/step_000001/extra.safetensors") for name in ("free", "bound"))
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_an_answer_out_of_tokens_gets_the_penalty_in_place_of_its_reward(models):
+    prompt_file()
+    train_rl.main(Config(**settings(models, num_steps=2, missing_eos=-1.0, dynamic_sampling="off")))
+    lines = [json.loads(line) for line in Path("out/dummy/rollouts.jsonl").read_text().splitlines()]
+    cut = [line["reward"] for line in lines if line["finish_reason"] == "length"]
+    assert cut and set(cut) == {-1} and all(line["reward"] >= 0 for line in lines if line["finish_reason"] != "length")
+    assert metrics()[0]["rollout/score_min"] == -1 and "train/loss" in metrics()[0]
+
+
 def test_lora_with_kl_starts_at_its_reference(models):
     prompt_file()
     summary = train_rl.main(Config(**settings(models, lora_rank=4, kl_coef=.1, num_steps=2, lr=1e-3)))
