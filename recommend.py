@@ -26,6 +26,7 @@ class World(NamedTuple):
     judged: np.ndarray          # (U,) bool: users whose rewards the judges read
     truth: bandit.Truth | None
     catalogue: Catalogue
+    mask_seen: bool = True      # ranks leave out what the user had before; policies always do
 
     def readers(self, users):
         """Rows of training histories of some users. users (U,) bool."""
@@ -92,7 +93,7 @@ def tables_of(ref, judges, world, device):
 @torch.no_grad()
 def evaluate(model, world, tables, device, tilt=0.0):
     """-> {"val", "test": ({metric: float}, {metric: (n,) by target})}: hr@k, ndcg@k, mrr@k over all targets, high_hr@k, .. over those with a high reward,
-    and means under the policy of each table, kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
+    means under the policy of each table and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
     miss: its embedding is random."""
     results, num_items = {}, len(world.catalogue.item_ids)
     known = np.bincount(world.log.item[world.part == TRAIN], minlength=num_items + 1) > 0
@@ -105,12 +106,15 @@ def evaluate(model, world, tables, device, tilt=0.0):
             seen = interactions.seen(world.log, rows, which, num_items).to(device)
             targets = world.log.item[rows[block, 1] - 1]
             targets = torch.from_numpy(np.where(known[targets], targets, 0)).to(device)                 # 0: no item, so a miss
-            ranks.append(ranking.ranks(logits, targets, seen).cpu())
+            ranks.append(ranking.ranks(logits, targets, seen if world.mask_seen else None).cpu())
             size = int((which < world.policy_users).sum())
             if tables and size:
                 parts = {key: table if table.ndim == 1 else table[which[0]:which[0] + size] for key, table in tables[name].items()}
                 logp, ref_logp = ranking.log_policy(logits[:size], seen[:size]), parts.pop("ref_logp")
-                policy.append({key: value.cpu() for key, value in ranking.policy_metrics(logp, ref_logp, parts).items()})
+                found = ranking.policy_metrics(logp, ref_logp, parts)
+                first = logp.argmax(1, keepdim=True)                                                    # what a user would be shown
+                found |= {f"top1_{key}": table.expand_as(logp).gather(1, first)[:, 0].double() for key, table in parts.items()}
+                policy.append({key: value.cpu() for key, value in found.items()})
         columns = ranking.gains(torch.cat(ranks), [k for k in (*ranking.KS, 200) if k <= num_items])
         high = torch.from_numpy(world.high[name])
         columns |= {f"high_{key}": column[high] for key, column in columns.items() if high.any()}
