@@ -147,20 +147,20 @@ OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", 
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
 METHODS = {
-    "asft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.2, 0.35), weighted=True),
+    "asft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), weighted=True),
     "bc": dict(knob="post_lr", grid=(1e-3, 3e-4, 2e-3, 1e-4), weighted=True),
     "reward_bc": dict(knob="post_lr", grid=(1e-3, 3e-4, 2e-3, 1e-4), weighted=True),
-    "exp_rsft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.2, 0.35), weighted=True),           # 2603.10279, as its abstract has it
-    "awr": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.2, 0.35), heads=("value",)),             # 1910.00177
+    "exp_rsft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), weighted=True),           # 2603.10279, as its abstract has it
+    "awr": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), heads=("value",)),             # 1910.00177
     "crr": dict(knob="weight_temp", grid=(1.0, 0.5, 0.0, 2.0), heads=("reward",), full=True),               # 2006.15134
-    "iql": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.2, 0.35), heads=("reward", "value")),    # 2110.06169
+    "iql": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), heads=("reward", "value")),    # 2110.06169
     "cql": dict(knob="cql_alpha", grid=(1.0, 3.0, 0.3, 10.0), heads=("value",)),   # 2006.04779
     "dpo": dict(knob="pref_beta", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # 2305.18290, pairs of rejection sampling
     "ipo": dict(knob="pref_beta", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # 2310.12036
     "ppo": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                        # 1707.06347 with group means
     "ecpo": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                       # 2506.13695
     "exact": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # the strongest optimiser of the reward model
-    "tilt": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.2, 0.35)),                              # no training: pi_BC exp(rhat / weight_temp)
+    "tilt": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2)),                              # no training: pi_BC exp(rhat / weight_temp)
 }
 
 
@@ -176,7 +176,7 @@ def asft_weights(advantages, weight_temp, w_max):
 
 def exp_weights(rewards, weight_temp):
     """exp(r / weight_temp), neither clipped nor normalised, as exponential reward weighting has it. rewards (N,)."""
-    if float(rewards.max()) / weight_temp > 80:
+    if float(rewards.max()) / weight_temp > 46:                      # the weight is finite to 88, the square of its gradient, in a norm, is not
         raise ValueError(f"exp(r / weight_temp) overflows at r = {float(rewards.max()):g}, weight_temp = {weight_temp:g}: raise --weight_temp, "
                          "or --reward_scale=std, or take asft, whose weights are clipped")
     return (rewards.detach() / weight_temp).exp()

@@ -202,7 +202,7 @@ def temperature(worlds, root):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(cells), figsize=(3.6 * len(cells), 3.4), squeeze=False, sharey=True)
-    rows, temps = [], []
+    rows, all_temps = [], sorted({r["value"] for runs in cells.values() for run in runs.values() for r in run["results"] if r["method"]})
     for ax, (noise, runs) in zip(axes[0], sorted(cells.items())):
         methods = list(next(iter(runs.values()))["after"])
         temps = sorted({r["value"] for run in runs.values() for r in run["results"] if r["method"]})
@@ -210,7 +210,8 @@ def temperature(worlds, root):
             gains = [[next(r["test"]["true_value"] for r in run["results"] if r["method"] == m and r["value"] == t and r["last"])
                       - run["before"]["test"]["true_value"] for run in runs.values()] for t in temps]
             found = [mean_interval(cell) for cell in gains]
-            rows.append([f"{noise:g}", m, *map(interval, gains)])
+            at = dict(zip(temps, map(interval, gains)))
+            rows.append([f"{noise:g}", m, *(at.get(t, "") for t in all_temps)])
             ax.plot(temps, [mean for mean, *_ in found], "o-", ms=3, label=m)
             if len(runs) > 1:
                 ax.fill_between(temps, [low for _, low, _ in found], [high for *_, high in found], alpha=.15)
@@ -226,7 +227,7 @@ def temperature(worlds, root):
     figure.tight_layout()
     figure.savefig(root / "temperature.png", dpi=110)
     return (f"## Temperature of the weights, {min(map(len, cells.values()))} seeds (temperature.png)\n\n"
-            + markdown(["noise", "gain at the last step", *(f"weight_temp {t:g}" for t in temps)], rows))
+            + markdown(["noise", "gain at the last step", *(f"weight_temp {t:g}" for t in all_temps)], rows))
 
 
 def main(root):

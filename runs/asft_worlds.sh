@@ -22,7 +22,8 @@ for kind in ${WORLDS:-noise bias map temp}; do
     map)   for s in ${MAP_SEEDS:-0 1}; do for noise in 0 1 4; do for auto in 0 .3 .6 .95; do
                spawn world map_n${noise}_a$auto $s --noise=$noise --autoplay=$auto --method=asft,bc,reward_bc,exp_rsft,cql,ppo,exact,tilt --trials=2; done; done; done ;;
     temp)  for s in ${TEMP_SEEDS:-0 1 2 3 4}; do for noise in 0 1 2; do
-               spawn world temp_n$noise $s --noise=$noise --judges=0 --method=asft,exp_rsft,tilt --trials=6; done; done ;;
+               spawn world temp_n$noise $s --noise=$noise --judges=0 --method=asft,exp_rsft,tilt \
+               --trials=$((noise < 2 ? 6 : 5)); done; done ;;      # at noise 2 the gradient of exp(r / .2) overflows
     esac
 done
 join
