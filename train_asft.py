@@ -85,6 +85,10 @@ class Config:
     noise: float = 1.0               # bandit: standard deviation of an observed reward
     noise_spread: float = 0.0        # bandit: log-normal spread of that over items
     autoplay: float = 0.0            # bandit: share of bait whose observed satisfaction is 5, whatever it truly is: a bias that all observers share
+    taste: float = 2.0               # bandit: how much the log follows what users truly like
+    pop: float = 1.0                 # bandit: how much it follows exposure, which says nothing of taste
+    habit: float = 1.5               # bandit: how much users click on bait and on the genre they had last, by habit
+    bait_share: float = 0.15         # bandit: share of items that attract and disappoint
     num_users: int = 4000            # bandit: users
     num_items: int = 300             # bandit: items
     # rewards
@@ -143,7 +147,7 @@ class Config:
 MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run", "compile")
 # what a BC checkpoint and its judges were made of: --init with other values would compare worlds, or leak a test event
 OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", "split", "t_val", "t_test", "cold", "ties", "dedup", "min_user", "min_item",
-           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "num_users", "num_items", "judge_share", "reward_share", "ensemble", "folds")
+           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "taste", "pop", "habit", "bait_share", "num_users", "num_items", "judge_share", "reward_share", "ensemble", "folds")
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
 METHODS = {
@@ -366,7 +370,7 @@ def bc_loss(cfg, model, f, members, num, num_judged):
 def open_world(cfg):
     if cfg.data == "bandit":
         log, truth = bandit.make(cfg.seed, num_users=cfg.num_users, num_items=cfg.num_items, noise=cfg.noise, noise_spread=cfg.noise_spread,
-                                 autoplay=cfg.autoplay)
+                                 autoplay=cfg.autoplay, taste=cfg.taste, pop=cfg.pop, habit=cfg.habit, bait_share=cfg.bait_share)
     else:
         log, truth = interactions.load(cfg.data, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time,
                                        sep=cfg.sep, header=cfg.header, time_unit=cfg.time_unit, ties=cfg.ties, dedup=cfg.dedup,

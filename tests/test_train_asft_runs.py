@@ -198,6 +198,17 @@ def test_training_never_sees_the_truth_and_methods_never_the_judges_rewards(monk
     assert all(same(a, b) for a, b in zip(kept["nothing"][:3], kept["judged"][:3])) and not same(kept["nothing"][3], kept["judged"][3])
 
 
+def test_every_setting_of_the_world_is_a_flag():
+    """What the log follows, and what is in it, reaches the world; --init with another one is refused (see above) since each is of the world."""
+    plain = train_asft.open_world(Config(**SMALL))
+    for key, value in dict(taste=0.0, pop=3.0, habit=0.0, bait_share=.5, noise=0.0, noise_spread=1.0, autoplay=1.0).items():
+        world = train_asft.open_world(Config(**SMALL | {key: value}))
+        assert key in train_asft.OF_INIT
+        clicks, rewards = np.array_equal(world.log.item, plain.log.item), np.array_equal(world.log.reward_raw, plain.log.reward_raw)
+        assert (clicks, rewards) == (key in ("noise", "noise_spread", "autoplay"), False), key
+        assert (world.truth.bait.mean() > .4) == (key == "bait_share")
+
+
 def test_advantages_of_every_baseline_by_hand():
     """r - V by event, from a loop over the log: nan where an event is no training decision of a user whose rewards may be read."""
     cfg = Config(**SMALL)
