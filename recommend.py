@@ -27,6 +27,7 @@ class World(NamedTuple):
     truth: bandit.Truth | None
     catalogue: Catalogue
     mask_seen: bool = True      # ranks leave out what the user had before; policies always do
+    matrix: tuple | None = None # (row (U,), table (R, I)) of interactions.full_matrix: for evaluation alone
 
     def readers(self, users):
         """Rows of training histories of some users. users (U,) bool."""
@@ -93,12 +94,12 @@ def tables_of(ref, judges, world, device):
 @torch.no_grad()
 def evaluate(model, world, tables, device, tilt=0.0):
     """-> {"val", "test": ({metric: float}, {metric: (n,) by target})}: hr@k, ndcg@k, mrr@k over all targets, high_hr@k, .. over those with a high reward,
-    means under the policy of each table and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
+    what a fully observed log says of the policy among the items that it knows (full_matrix, of the users in it), means under the policy of each table and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
     miss: its embedding is random."""
     results, num_items = {}, len(world.catalogue.item_ids)
     known = np.bincount(world.log.item[world.part == TRAIN], minlength=num_items + 1) > 0
     for name, rows in world.targets.items():
-        ranks, policy = [], []
+        ranks, policy, watched = [], [], []
         for block, _, _, hidden in states(model, world, rows, device):
             logits, which = model.logits(hidden), np.arange(len(rows))[block]
             if tilt:
@@ -107,6 +108,12 @@ def evaluate(model, world, tables, device, tilt=0.0):
             targets = world.log.item[rows[block, 1] - 1]
             targets = torch.from_numpy(np.where(known[targets], targets, 0)).to(device)                 # 0: no item, so a miss
             ranks.append(ranking.ranks(logits, targets, seen if world.mask_seen else None).cpu())
+            if world.matrix is not None:
+                row, table = world.matrix[0][world.log.user[rows[block, 0]]], torch.from_numpy(world.matrix[1])
+                values = table[row[row >= 0]].to(device)
+                values, ours = values[(said := ~values.isnan()).any(1)], logits[torch.from_numpy(row >= 0).to(device)][said.any(1)]
+                share = ours.double().masked_fill(values.isnan(), -torch.inf).softmax(1)
+                watched.append((share * values.nan_to_num(0.0)).sum(1).cpu())
             size = int((which < world.policy_users).sum())
             if tables and size:
                 parts = {key: table if table.ndim == 1 else table[which[0]:which[0] + size] for key, table in tables[name].items()}
@@ -118,6 +125,8 @@ def evaluate(model, world, tables, device, tilt=0.0):
         columns = ranking.gains(torch.cat(ranks), [k for k in (*ranking.KS, 200) if k <= num_items])
         high = torch.from_numpy(world.high[name])
         columns |= {f"high_{key}": column[high] for key, column in columns.items() if high.any()}
+        if watched and len(torch.cat(watched)):
+            columns["full_matrix"] = torch.cat(watched)
         columns |= {key: torch.cat([part[key] for part in policy]) for key in (policy[0] if policy else ())}
         results[name] = {key: float(column.mean()) for key, column in columns.items()} | dict(targets=len(rows), high_targets=int(high.sum())), columns
     return results
@@ -211,7 +220,7 @@ def suggest(model, history, k=10, gap=3600):
 # Report
 
 
-SHOWN = ("ndcg@10", "hr@10", "high_ndcg@10", "high_hr@10", "reward_model", "judge", "true_value", "bait", "kl", "entropy")
+SHOWN = ("ndcg@10", "hr@10", "high_ndcg@10", "high_hr@10", "reward_model", "judge", "true_value", "full_matrix", "bait", "kl", "entropy")
 COMPARED = ("ndcg@10", "high_ndcg@10", "judge", "true_value")
 
 

@@ -135,6 +135,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     compile: bool = False            # torch.compile the model
     # looking and keeping
+    full_matrix: str = ""            # another log in which (nearly) every user has every item, as kuairec-small beside kuairec: policies are valued on it, too
     mask_seen: bool = True           # ranks leave out what the user had before; false: as some papers rank, to compare
     eval_every: int = 50             # steps between evaluations of validation and test; 0: only at the end
     policy_users: int = 4000         # histories on which exact values, KL and judges are computed
@@ -368,13 +369,14 @@ def bc_loss(cfg, model, f, members, num, num_judged):
 
 
 def open_world(cfg):
+    signals = ",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(","))
     if cfg.data == "bandit":
         log, truth = bandit.make(cfg.seed, num_users=cfg.num_users, num_items=cfg.num_items, noise=cfg.noise, noise_spread=cfg.noise_spread,
                                  autoplay=cfg.autoplay, taste=cfg.taste, pop=cfg.pop, habit=cfg.habit, bait_share=cfg.bait_share)
     else:
         log, truth = interactions.load(cfg.data, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time,
                                        sep=cfg.sep, header=cfg.header, time_unit=cfg.time_unit, ties=cfg.ties, dedup=cfg.dedup,
-                                       signals=",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(",")),
+                                       signals=signals,
                                        missing_time=cfg.missing_time, min_user=cfg.min_user, min_item=cfg.min_item, core=cfg.core, seed=cfg.seed), None
     log, part = interactions.split(log, cfg.split, t_val=cfg.t_val, t_test=cfg.t_test, cold=cfg.cold)
     reward = interactions.rewards(log, part, cfg.reward, cfg.reward_scale)
@@ -395,7 +397,15 @@ def open_world(cfg):
     if not all(visible[log.user[found[:, 0]]].any() for found in targets.values()):
         raise ValueError("no user whose rewards the methods read has a validation and a test event: lower --judge_share, or other cuts (--t_val, --t_test)")
     high = {name: log.reward_raw[found[:, 1] - 1] >= cfg.high for name, found in targets.items()}
-    return World(log, part, reward, rows, targets, high, cfg.policy_users, visible, judged, truth, Catalogue(log.item_ids, log.titles), cfg.mask_seen)
+    matrix = None
+    if cfg.full_matrix:                                                       # rewards of the same kind; ranks and deviations of the training data are not in it
+        if cfg.data == "bandit" or cfg.reward in ("percentile", "top25") or cfg.reward_scale != "none":
+            raise ValueError(f"--full_matrix={cfg.full_matrix}: expected --data of a file, --reward=raw, watch_ratio or signals, and --reward_scale=none, found "
+                             f"--data={cfg.data} --reward={cfg.reward} --reward_scale={cfg.reward_scale}")
+        other = interactions.load(cfg.full_matrix, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time, sep=cfg.sep,
+                                  header=cfg.header, time_unit=cfg.time_unit, missing_time=cfg.missing_time, signals=signals)
+        matrix = interactions.full_matrix(log, other, interactions.rewards(other, np.zeros(len(other.user), np.int8), cfg.reward))
+    return World(log, part, reward, rows, targets, high, cfg.policy_users, visible, judged, truth, Catalogue(log.item_ids, log.titles), cfg.mask_seen, matrix)
 
 
 def on(device, *tensors):

@@ -358,6 +358,35 @@ def test_a_file_from_elsewhere(tmp_path, monkeypatch, capsys):
         '{"init": "out/dummy/csv", "turns": 3}'
 
 
+def test_policies_are_valued_on_a_full_matrix(tmp_path):
+    """Twenty users in a second log that has all of their items: the value is the sum over what the log has not of the policy, renormalised, times the reward."""
+    rng = np.random.default_rng(1)
+    reward = rng.normal(size=(40, 25)).round(3)
+    head = "who,what,stars,when\n"
+    lines = [f"u{u},i{i},{reward[u, i]},{1000 * u + 10 * k}" for u in range(40) for k, i in enumerate(rng.permutation(25)[:rng.integers(5, 15)])]
+    Path("log.csv").write_text(head + "\n".join(lines) + "\n")
+    Path("full.csv").write_text(head + "\n".join(f"u{u},i{i},{reward[u, i]},{i}" for u in range(20) for i in range(24)) + "\n")
+    values = SMALL | dict(data="csv:log.csv", col_user="who", col_item="what", col_reward="stars", col_time="when", full_matrix="csv:full.csv", method="asft,exact")
+    summary = train_asft.main(Config(name="dummy/full", **values))
+    world = train_asft.open_world(Config(**values))
+    model, _ = checkpoint.load_recommender(last_step("dummy/full"))
+    column = [int(name[1:]) for name in world.catalogue.item_ids]
+    found = []
+    for _, batch, _, hidden in recommend.states(model, world, world.targets["test"], torch.device("cpu")):
+        for u, logits in zip(batch.users.tolist(), model.logits(hidden)):
+            name, had = int(world.log.user_ids[u][1:]), set(world.log.item[world.log.user == u].tolist())
+            left = [i for i in range(25) if i + 1 not in had and column[i] < 24]
+            if name < 20:
+                p = logits[left].double().softmax(0).tolist()
+                found.append(sum(a * float(np.float32(reward[name, column[i]])) for a, i in zip(p, left)))
+    assert len(found) == 20 and recommend.evaluate(model, world, None, torch.device("cpu"))["test"][0]["full_matrix"] == pytest.approx(np.mean(found), abs=1e-9)
+    assert summary["asft"]["full_matrix"] == pytest.approx(np.mean(found), abs=1e-6) and summary["before"]["full_matrix"] != summary["exact"]["full_matrix"]
+    assert "test full_matrix" in Path("out/dummy/full/report.md").read_text()
+    for more in (dict(reward_scale="std"), dict(data="bandit")):
+        with pytest.raises(ValueError, match="--full_matrix=csv:full.csv: expected"):
+            train_asft.open_world(Config(**values | more))
+
+
 def test_items_are_found_by_id_title_or_part():
     catalogue = checkpoint.Catalogue(["10", "7", "8"], ["Toy Story (1995)", "Fargo (1996)", "Toy Story 2 (1999)"])
     assert [recommend.find_item(catalogue, text) for text in ("10", " fargo (1996) ", "fargo", "story 2", "toy story (1995)")] == [1, 2, 2, 3, 1]
