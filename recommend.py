@@ -94,8 +94,9 @@ def tables_of(ref, judges, world, device):
 @torch.no_grad()
 def evaluate(model, world, tables, device, tilt=0.0):
     """-> {"val", "test": ({metric: float}, {metric: (n,) by target})}: hr@k, ndcg@k, mrr@k over all targets, high_hr@k, .. over those with a high reward,
-    what a fully observed log says of the policy among the items that it knows (full_matrix, of the users in it), means under the policy of each table and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
-    miss: its embedding is random."""
+    full_matrix, the mean of the fully observed log under the policy among the items that it knows (of users in it), means under the policy of each table
+    and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event
+    has is a miss: its embedding is random."""
     results, num_items = {}, len(world.catalogue.item_ids)
     known = np.bincount(world.log.item[world.part == TRAIN], minlength=num_items + 1) > 0
     for name, rows in world.targets.items():

@@ -148,7 +148,8 @@ class Config:
 MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run", "compile")
 # what a BC checkpoint and its judges were made of: --init with other values would compare worlds, or leak a test event
 OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", "split", "t_val", "t_test", "cold", "ties", "dedup", "min_user", "min_item",
-           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "taste", "pop", "habit", "bait_share", "num_users", "num_items", "judge_share", "reward_share", "ensemble", "folds")
+           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "taste", "pop", "habit", "bait_share", "num_users", "num_items",
+           "judge_share", "reward_share", "ensemble", "folds")
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
 METHODS = {
@@ -398,10 +399,10 @@ def open_world(cfg):
         raise ValueError("no user whose rewards the methods read has a validation and a test event: lower --judge_share, or other cuts (--t_val, --t_test)")
     high = {name: log.reward_raw[found[:, 1] - 1] >= cfg.high for name, found in targets.items()}
     matrix = None
-    if cfg.full_matrix:                                                       # rewards of the same kind; ranks and deviations of the training data are not in it
+    if cfg.full_matrix:                                                       # rewards of the same kind; it has no ranks and deviations of training data
         if cfg.data == "bandit" or cfg.reward in ("percentile", "top25") or cfg.reward_scale != "none":
-            raise ValueError(f"--full_matrix={cfg.full_matrix}: expected --data of a file, --reward=raw, watch_ratio or signals, and --reward_scale=none, found "
-                             f"--data={cfg.data} --reward={cfg.reward} --reward_scale={cfg.reward_scale}")
+            raise ValueError(f"--full_matrix={cfg.full_matrix}: expected --data of a file, --reward=raw, watch_ratio or signals, and --reward_scale=none, "
+                             f"found --data={cfg.data} --reward={cfg.reward} --reward_scale={cfg.reward_scale}")
         other = interactions.load(cfg.full_matrix, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time, sep=cfg.sep,
                                   header=cfg.header, time_unit=cfg.time_unit, missing_time=cfg.missing_time, signals=signals)
         matrix = interactions.full_matrix(log, other, interactions.rewards(other, np.zeros(len(other.user), np.int8), cfg.reward))
@@ -622,7 +623,7 @@ def train(cfg):
     state = dict(stage=0, step=0, best={}, results=[], seconds={})
     if cfg.init:
         theirs = checkpoint.read_json(Path(cfg.init) / "config.json")
-        if wrong := [key for key in OF_INIT if theirs.get(key) != getattr(cfg, key)]:
+        if wrong := [key for key in OF_INIT if theirs.get(key, getattr(Config, key)) != getattr(cfg, key)]:         # a flag younger than that run: its default
             raise ValueError(f"--init={cfg.init} was made with other settings: " + ", ".join(f"--{key}={theirs.get(key)}" for key in wrong))
     if resume:
         record = checkpoint.read_record(resume)

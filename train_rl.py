@@ -360,7 +360,7 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
         raise ValueError(f"--rewards={cfg.rewards} and --adv_scale=group: dividing by the group's standard deviation makes proper scoring rules over-confident "
                          "(arXiv 2508.11800); expected --adv_scale=none")
     if cfg.target_kl and cfg.num_epochs_per_step * cfg.num_minibatches == 1:
-        raise ValueError(f"--target_kl={cfg.target_kl}: a step of one update has none to leave out; expected a higher --num_minibatches or --num_epochs_per_step")
+        raise ValueError(f"--target_kl={cfg.target_kl}: a step of one update has none to leave out; raise --num_minibatches or --num_epochs_per_step")
     if cfg.missing_eos and cfg.truncated == "mask":
         raise ValueError(f"--missing_eos={cfg.missing_eos}: --truncated=mask trains on no answer that it would reach")
     if cfg.lam_length and (cfg.method != "ppo" or cfg.lam != 1):

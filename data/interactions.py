@@ -636,8 +636,8 @@ def full_matrix(log, other, values):
     cells = row[log.user[mine]], log.item[mine] - 1
     known = np.unique(np.ravel_multi_index(cells, table.shape)[~np.isnan(table[cells])]) if table.size else np.zeros(0)
     table[cells] = np.nan
-    log.report.append(f"full matrix: {(~both).sum():,} of {len(both):,} cells are of users or items that the log has not, {len(known):,} are events of the log and "
-                      f"left out; {(~np.isnan(table)).sum():,} are left, of {len(found):,} users and {(~np.isnan(table)).any(0).sum():,} items")
+    log.report.append(f"full matrix: {(~both).sum():,} of {len(both):,} cells are of users or items that the log has not, {len(known):,} are events of the "
+                      f"log and left out; {(~np.isnan(table)).sum():,} are left, of {len(found):,} users and {(~np.isnan(table)).any(0).sum():,} items")
     if np.isnan(table).all():
         raise ValueError(f"--full_matrix: no cell is left to value policies on ({log.report[-1]})")
     return row, table
