@@ -242,15 +242,16 @@ def steps_of(name):
 
 
 def test_the_first_ratio_is_1_with_tools_cache_and_packing(models):
-    """Calls are executed between sampled turns; the trainer's log-probabilities, packed and at a temperature, are the sampler's."""
+    """Calls are executed between sampled turns; the trainer's log-probabilities, packed and at a temperature, are the sampler's: to 1e-5 on an Intel Xeon, and
+    1.22e-5 at the worst of a thousand tokens on an AMD EPYC, whose matrix products round otherwise. Another temperature or mask would be off by 1e-2."""
     values = settings(models, init=models["tools"], data="math_en", rewards="grader", num_prompts=8, max_new_tokens=112, num_steps=1, temperature=.9, pack=True)
     train_rl.main(Config(**values))
     line = metrics()[-2]
-    assert line["rollout/tool_calls"] > .3 and line["rollout/engine_gap_max"] <= 1e-5 and line["rollout/engine_kl"] < 1e-9
+    assert line["rollout/tool_calls"] > .3 and line["rollout/engine_gap_max"] <= 2e-5 and line["rollout/engine_kl"] < 1e-9
     # with several updates old is a forward pass of its own: at a rate of almost 0 its ratios to the policy are 1, too
     train_rl.main(Config(**values | dict(num_minibatches=2, lr=1e-8, device_batch_size=3)))
     line = metrics()[-2]
-    assert line["train/clip_frac"] == 0 and abs(line["train/approx_kl"]) < 1e-9 and line["rollout/engine_gap_max"] <= 1e-5
+    assert line["train/clip_frac"] == 0 and abs(line["train/approx_kl"]) < 1e-9 and line["rollout/engine_gap_max"] <= 2e-5
 
 
 def test_the_critic_learns_what_the_prompt_says(models):
