@@ -26,6 +26,8 @@ class World(NamedTuple):
     judged: np.ndarray          # (U,) bool: users whose rewards the judges read
     truth: bandit.Truth | None
     catalogue: Catalogue
+    mask_seen: bool = True      # ranks leave out what the user had before; policies always do
+    matrix: tuple | None = None # (row (U,), table (R, I)) of interactions.full_matrix: for evaluation alone
 
     def readers(self, users):
         """Rows of training histories of some users. users (U,) bool."""
@@ -92,12 +94,13 @@ def tables_of(ref, judges, world, device):
 @torch.no_grad()
 def evaluate(model, world, tables, device, tilt=0.0):
     """-> {"val", "test": ({metric: float}, {metric: (n,) by target})}: hr@k, ndcg@k, mrr@k over all targets, high_hr@k, .. over those with a high reward,
-    and means under the policy of each table, kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event has is a
-    miss: its embedding is random."""
+    full_matrix, the mean of the fully observed log under the policy among the items that it knows (of users in it), means under the policy of each table
+    and its value at the policy's first item (top1_..), kl to ref and entropy. tilt: tilt * rhat is added to the logits. A target that no training event
+    has is a miss: its embedding is random."""
     results, num_items = {}, len(world.catalogue.item_ids)
     known = np.bincount(world.log.item[world.part == TRAIN], minlength=num_items + 1) > 0
     for name, rows in world.targets.items():
-        ranks, policy = [], []
+        ranks, policy, watched = [], [], []
         for block, _, _, hidden in states(model, world, rows, device):
             logits, which = model.logits(hidden), np.arange(len(rows))[block]
             if tilt:
@@ -105,15 +108,26 @@ def evaluate(model, world, tables, device, tilt=0.0):
             seen = interactions.seen(world.log, rows, which, num_items).to(device)
             targets = world.log.item[rows[block, 1] - 1]
             targets = torch.from_numpy(np.where(known[targets], targets, 0)).to(device)                 # 0: no item, so a miss
-            ranks.append(ranking.ranks(logits, targets, seen).cpu())
+            ranks.append(ranking.ranks(logits, targets, seen if world.mask_seen else None).cpu())
+            if world.matrix is not None:
+                row, table = world.matrix[0][world.log.user[rows[block, 0]]], torch.from_numpy(world.matrix[1])
+                values = table[row[row >= 0]].to(device)
+                values, ours = values[(said := ~values.isnan()).any(1)], logits[torch.from_numpy(row >= 0).to(device)][said.any(1)]
+                share = ours.double().masked_fill(values.isnan(), -torch.inf).softmax(1)
+                watched.append((share * values.nan_to_num(0.0)).sum(1).cpu())
             size = int((which < world.policy_users).sum())
             if tables and size:
                 parts = {key: table if table.ndim == 1 else table[which[0]:which[0] + size] for key, table in tables[name].items()}
                 logp, ref_logp = ranking.log_policy(logits[:size], seen[:size]), parts.pop("ref_logp")
-                policy.append({key: value.cpu() for key, value in ranking.policy_metrics(logp, ref_logp, parts).items()})
+                found = ranking.policy_metrics(logp, ref_logp, parts)
+                first = logp.argmax(1, keepdim=True)                                                    # what a user would be shown
+                found |= {f"top1_{key}": table.expand_as(logp).gather(1, first)[:, 0].double() for key, table in parts.items()}
+                policy.append({key: value.cpu() for key, value in found.items()})
         columns = ranking.gains(torch.cat(ranks), [k for k in (*ranking.KS, 200) if k <= num_items])
         high = torch.from_numpy(world.high[name])
         columns |= {f"high_{key}": column[high] for key, column in columns.items() if high.any()}
+        if watched and len(torch.cat(watched)):
+            columns["full_matrix"] = torch.cat(watched)
         columns |= {key: torch.cat([part[key] for part in policy]) for key in (policy[0] if policy else ())}
         results[name] = {key: float(column.mean()) for key, column in columns.items()} | dict(targets=len(rows), high_targets=int(high.sum())), columns
     return results
@@ -207,7 +221,7 @@ def suggest(model, history, k=10, gap=3600):
 # Report
 
 
-SHOWN = ("ndcg@10", "hr@10", "high_ndcg@10", "high_hr@10", "reward_model", "judge", "true_value", "bait", "kl", "entropy")
+SHOWN = ("ndcg@10", "hr@10", "high_ndcg@10", "high_hr@10", "reward_model", "judge", "true_value", "full_matrix", "bait", "kl", "entropy")
 COMPARED = ("ndcg@10", "high_ndcg@10", "judge", "true_value")
 
 

@@ -419,6 +419,7 @@ class Tokenizer:
 # Tool calls
 
 MAX_BODY, MAX_DEPTH = 16 * 1024, 32                                # bytes and nesting of one call's JSON
+SPACE = re.compile(r"\s*")
 # what matters when looking for a body's end: a string (closed or not) as a whole, brackets, the closing tag
 JSON_SCAN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]|</tool_call>', re.DOTALL)
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
@@ -433,19 +434,25 @@ def call_json(call):
     return f'{{"name": {to_json(call["name"])}, "arguments": {to_json(call["arguments"])}}}'
 
 
+def _unique(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"duplicate key in {[key for key, _ in pairs]}")
+    return found
+
+
+def _finite(text):
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+
+
 def load_strict(body):
     """json.loads that also refuses duplicate keys, NaN and Infinity (1e999 too)."""
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"duplicate key in {keys}")
-        return dict(pairs)
-
-    def finite(text):
-        if not math.isfinite(float(text)):
-            raise ValueError(f"{text} is not a finite number")
-        return float(text)
-    return json.loads(body, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    return STRICT.decode(body)
 
 
 def check_value(value, schema, where):
@@ -519,10 +526,11 @@ def parse_tool_calls(text, tools=None):
             parameters = {"properties": {}, **functions[call["name"]].get("parameters", {})}
             check_value(call["arguments"], parameters, "arguments")
         calls.append(call)
-        rest = text[end + len(CALL_END):].lstrip()
-        if rest and not rest.startswith(CALL):
-            raise ToolCallError(f"text after a call: {rest[:100]!r}")
-        start = len(text) - len(rest) if rest else -1
+        start = SPACE.match(text, end + len(CALL_END)).end()       # not lstrip of the rest, which copies it for every call
+        if start == len(text):
+            break
+        if not text.startswith(CALL, start):
+            raise ToolCallError(f"text after a call: {text[start:start + 100]!r}")
     return content, calls
 
 

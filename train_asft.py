@@ -85,6 +85,10 @@ class Config:
     noise: float = 1.0               # bandit: standard deviation of an observed reward
     noise_spread: float = 0.0        # bandit: log-normal spread of that over items
     autoplay: float = 0.0            # bandit: share of bait whose observed satisfaction is 5, whatever it truly is: a bias that all observers share
+    taste: float = 2.0               # bandit: how much the log follows what users truly like
+    pop: float = 1.0                 # bandit: how much it follows exposure, which says nothing of taste
+    habit: float = 1.5               # bandit: how much users click on bait and on the genre they had last, by habit
+    bait_share: float = 0.15         # bandit: share of items that attract and disappoint
     num_users: int = 4000            # bandit: users
     num_items: int = 300             # bandit: items
     # rewards
@@ -131,6 +135,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the computation; weights are float32 always; auto: bfloat16 on CUDA
     compile: bool = False            # torch.compile the model
     # looking and keeping
+    full_matrix: str = ""            # another log in which (nearly) every user has every item, as kuairec-small beside kuairec: policies are valued on it, too
+    mask_seen: bool = True           # ranks leave out what the user had before; false: as some papers rank, to compare
     eval_every: int = 50             # steps between evaluations of validation and test; 0: only at the end
     policy_users: int = 4000         # histories on which exact values, KL and judges are computed
     save_every: int = 0              # steps between checkpoints; 0: only at the end
@@ -142,24 +148,25 @@ class Config:
 MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run", "compile")
 # what a BC checkpoint and its judges were made of: --init with other values would compare worlds, or leak a test event
 OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", "split", "t_val", "t_test", "cold", "ties", "dedup", "min_user", "min_item",
-           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "num_users", "num_items", "judge_share", "reward_share", "ensemble", "folds")
+           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "taste", "pop", "habit", "bait_share", "num_users", "num_items",
+           "judge_share", "reward_share", "ensemble", "folds")
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
 METHODS = {
-    "asft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0), weighted=True),
+    "asft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), weighted=True),
     "bc": dict(knob="post_lr", grid=(1e-3, 3e-4, 2e-3, 1e-4), weighted=True),
     "reward_bc": dict(knob="post_lr", grid=(1e-3, 3e-4, 2e-3, 1e-4), weighted=True),
-    "exp_rsft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0), weighted=True),           # 2603.10279, as its abstract has it
-    "awr": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0), heads=("value",)),             # 1910.00177
+    "exp_rsft": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), weighted=True),           # 2603.10279, as its abstract has it
+    "awr": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), heads=("value",)),             # 1910.00177
     "crr": dict(knob="weight_temp", grid=(1.0, 0.5, 0.0, 2.0), heads=("reward",), full=True),               # 2006.15134
-    "iql": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0), heads=("reward", "value")),    # 2110.06169
+    "iql": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2), heads=("reward", "value")),    # 2110.06169
     "cql": dict(knob="cql_alpha", grid=(1.0, 3.0, 0.3, 10.0), heads=("value",)),   # 2006.04779
     "dpo": dict(knob="pref_beta", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # 2305.18290, pairs of rejection sampling
     "ipo": dict(knob="pref_beta", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # 2310.12036
     "ppo": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                        # 1707.06347 with group means
     "ecpo": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                       # 2506.13695
     "exact": dict(knob="kl_coef", grid=(0.1, 0.3, 1.0, 0.03), full=True),                      # the strongest optimiser of the reward model
-    "tilt": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0)),                              # no training: pi_BC exp(rhat / weight_temp)
+    "tilt": dict(knob="weight_temp", grid=(1.0, 0.5, 2.0, 4.0, 0.35, 0.2)),                              # no training: pi_BC exp(rhat / weight_temp)
 }
 
 
@@ -175,7 +182,7 @@ def asft_weights(advantages, weight_temp, w_max):
 
 def exp_weights(rewards, weight_temp):
     """exp(r / weight_temp), neither clipped nor normalised, as exponential reward weighting has it. rewards (N,)."""
-    if float(rewards.max()) / weight_temp > 80:
+    if float(rewards.max()) / weight_temp > 46:                      # the weight is finite to 88, the square of its gradient, in a norm, is not
         raise ValueError(f"exp(r / weight_temp) overflows at r = {float(rewards.max()):g}, weight_temp = {weight_temp:g}: raise --weight_temp, "
                          "or --reward_scale=std, or take asft, whose weights are clipped")
     return (rewards.detach() / weight_temp).exp()
@@ -363,13 +370,14 @@ def bc_loss(cfg, model, f, members, num, num_judged):
 
 
 def open_world(cfg):
+    signals = ",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(","))
     if cfg.data == "bandit":
         log, truth = bandit.make(cfg.seed, num_users=cfg.num_users, num_items=cfg.num_items, noise=cfg.noise, noise_spread=cfg.noise_spread,
-                                 autoplay=cfg.autoplay)
+                                 autoplay=cfg.autoplay, taste=cfg.taste, pop=cfg.pop, habit=cfg.habit, bait_share=cfg.bait_share)
     else:
         log, truth = interactions.load(cfg.data, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time,
                                        sep=cfg.sep, header=cfg.header, time_unit=cfg.time_unit, ties=cfg.ties, dedup=cfg.dedup,
-                                       signals=",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(",")),
+                                       signals=signals,
                                        missing_time=cfg.missing_time, min_user=cfg.min_user, min_item=cfg.min_item, core=cfg.core, seed=cfg.seed), None
     log, part = interactions.split(log, cfg.split, t_val=cfg.t_val, t_test=cfg.t_test, cold=cfg.cold)
     reward = interactions.rewards(log, part, cfg.reward, cfg.reward_scale)
@@ -390,7 +398,15 @@ def open_world(cfg):
     if not all(visible[log.user[found[:, 0]]].any() for found in targets.values()):
         raise ValueError("no user whose rewards the methods read has a validation and a test event: lower --judge_share, or other cuts (--t_val, --t_test)")
     high = {name: log.reward_raw[found[:, 1] - 1] >= cfg.high for name, found in targets.items()}
-    return World(log, part, reward, rows, targets, high, cfg.policy_users, visible, judged, truth, Catalogue(log.item_ids, log.titles))
+    matrix = None
+    if cfg.full_matrix:                                                       # rewards of the same kind; it has no ranks and deviations of training data
+        if cfg.data == "bandit" or cfg.reward in ("percentile", "top25") or cfg.reward_scale != "none":
+            raise ValueError(f"--full_matrix={cfg.full_matrix}: expected --data of a file, --reward=raw, watch_ratio or signals, and --reward_scale=none, "
+                             f"found --data={cfg.data} --reward={cfg.reward} --reward_scale={cfg.reward_scale}")
+        other = interactions.load(cfg.full_matrix, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time, sep=cfg.sep,
+                                  header=cfg.header, time_unit=cfg.time_unit, missing_time=cfg.missing_time, signals=signals)
+        matrix = interactions.full_matrix(log, other, interactions.rewards(other, np.zeros(len(other.user), np.int8), cfg.reward))
+    return World(log, part, reward, rows, targets, high, cfg.policy_users, visible, judged, truth, Catalogue(log.item_ids, log.titles), cfg.mask_seen, matrix)
 
 
 def on(device, *tensors):
@@ -437,7 +453,7 @@ def fold_mean(values, fold, cfg):
 
 @torch.no_grad()
 def reward_advantages(cfg, model, world, device):
-    """-> (advantages (E,) float32 by event of the log, nan where there is none, and {name: number} to report), from the BC model."""
+    """-> (advantages (E,) float32 by event of the log, nan where there is none; V (E,) likewise; {name: number} to report), from the BC model."""
     log, reward = world.log, world.reward.astype(np.float64)
     train = (world.part == TRAIN) & world.visible[log.user]
     mean = reward[train].mean()
@@ -472,7 +488,14 @@ def reward_advantages(cfg, model, world, device):
         place = np.arange(len(reward))
         v[decided] = np.where(place > start, (total[place] - total[start]) / np.maximum(place - start, 1), mean)[decided]
     found = dict(mean=float(np.nanmean(r - v)), std=float(np.nanstd(r - v)), logp=float(np.nanmean(logps)))
-    return (r - v).astype(np.float32), found
+    return (r - v).astype(np.float32), v.astype(np.float32), found
+
+
+def deciles(values):
+    """(E,) -> (E,) int: 1..10 by the tenths of the values that are there, equal ones in one; 0 where there is none (nan)."""
+    known = ~np.isnan(values)
+    cuts = np.quantile(values[known], np.arange(1, 10) / 10)
+    return np.where(known, 1 + np.searchsorted(cuts, values, side="left"), 0)
 
 
 def method_weights(cfg, advantages, reward):
@@ -506,8 +529,9 @@ def stages_of(cfg):
             raise ValueError(f"--method={method}: expected some of {', '.join(METHODS)}, or all")
     if len(set(methods)) < len(methods):
         raise ValueError(f"--method={cfg.method} names a method twice")
-    if not 1 <= cfg.trials <= 4:
-        raise ValueError(f"--trials={cfg.trials}: expected 1 to 4")
+    most = min(len(METHODS[method]["grid"]) for method in methods)
+    if not 1 <= cfg.trials <= most:
+        raise ValueError(f"--trials={cfg.trials}: expected 1 to {most}, as many as each of {cfg.method} has settings")
     wrong = [m for m in methods if METHODS[m].get("full") or m == "cql"]
     if cfg.softmax == "sampled" and wrong:
         raise ValueError(f"--softmax=sampled: {', '.join(wrong)} need log-probabilities over the whole catalogue; --softmax=full, or weighted methods")
@@ -599,7 +623,7 @@ def train(cfg):
     state = dict(stage=0, step=0, best={}, results=[], seconds={})
     if cfg.init:
         theirs = checkpoint.read_json(Path(cfg.init) / "config.json")
-        if wrong := [key for key in OF_INIT if theirs.get(key) != getattr(cfg, key)]:
+        if wrong := [key for key in OF_INIT if theirs.get(key, getattr(Config, key)) != getattr(cfg, key)]:         # a flag younger than that run: its default
             raise ValueError(f"--init={cfg.init} was made with other settings: " + ", ".join(f"--{key}={theirs.get(key)}" for key in wrong))
     if resume:
         record = checkpoint.read_record(resume)
@@ -637,7 +661,8 @@ def train(cfg):
         if post and ref is None:
             ref = load("bc").requires_grad_(False)
             judges = [load(f"judge{j}").requires_grad_(False) for j in range(cfg.judges)]
-            advantages, facts_of_bc = reward_advantages(cfg, ref, world, device)
+            advantages, expectations, facts_of_bc = reward_advantages(cfg, ref, world, device)
+            tenths = deciles(expectations)
             tables = recommend.tables_of(ref, judges, world, device)
             logger.print(f"advantages: mean {facts_of_bc['mean']:.3f}, standard deviation {facts_of_bc['std']:.3f}")
             if rank == 0:
@@ -788,6 +813,10 @@ def train(cfg):
             if weights is not None:
                 metrics |= {"train/ess": ranking.ess_share(batch_weights), "train/clipped": float((batch_weights >= cfg.w_max).mean()),
                             "train/weight_p50": float(np.median(batch_weights)), "train/weight_p95": float(np.quantile(batch_weights, 0.95))}
+                if stage.label == "asft":                            # do happy histories speak louder? V should level them
+                    events = np.concatenate([np.arange(row[2], row[1]) for row in rows[chosen]])
+                    metrics |= {"train/advantage": float(advantages[events].mean())}
+                    metrics |= {f"train/weight_v{k}": float(batch_weights[tenths[events] == k].mean()) for k in np.unique(tenths[events]).tolist()}
             logger.log(g + 1, **metrics, **{"time/step": seconds, "time/decisions_per_sec": num / seconds})
             if (step + 1) % max(1, stage.steps // 4) == 0:
                 left = (time.monotonic() - started) / (g + 1 - begun_at) * (offsets[-1] - g - 1)

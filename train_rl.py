@@ -106,12 +106,15 @@ class Config:
     truncated: Literal["terminal", "mask", "bootstrap"] = "terminal"      # answers out of tokens: graded as they stand | no loss | plus the critic's value
     num_epochs_per_step: int = 1     # passes over a step's samples
     num_minibatches: int = -1        # updates per pass; auto: 1, ppo 4
+    target_kl: float = 0.0           # nats per token from where a step began: beyond it the policy's other updates of the step are left out; 0: off
+    missing_eos: float = 0.0         # reward of an answer out of tokens, in place of its own: -1 in RLHF, where no grader sees the cut; 0: its own
     # PPO
     critic_lr: float = -1.0          # auto: 10 times lr
     critic_warmup: int = 20          # first steps that train the critic alone; they count
     gamma: float = 1.0               # discount per token
     lam: float = 1.0                 # of the policy's advantages: 1 suits one reward at the end, .95 shorter sight
     lam_value: float = 1.0           # of the critic's targets
+    lam_length: float = 0.0          # above 0: lam is 1 - 1 / (lam_length n) for an answer of n tokens, .05 in VAPO; 0: off
     value_clip: float = 0.5          # bound on a value's move in one step
     reward_norm: bool = False        # divide rewards by their running standard deviation
     # length of the run and optimization
@@ -262,7 +265,7 @@ def overlong_penalty(length, truncated, limit, share):
 def ppo_advantages(token_rewards, values, offsets, last_values, cfg):
     """Flat (N,) rewards and values of sampled tokens -> flat (advantages, returns). Observations between turns are not in them, so a value's
     successor is that of the next sampled token. offsets (S + 1,): where sequences begin. last_values (S,): added to the last reward (0, or
-    gamma V of the state where a sample was cut)."""
+    gamma V of the state where a sample was cut). lam_length: a sight that grows with the answer (VAPO, arXiv 2504.05118), 0 for the shortest."""
     lengths = torch.from_numpy(np.diff(offsets))
     if not len(lengths):
         return token_rewards, token_rewards
@@ -271,8 +274,9 @@ def ppo_advantages(token_rewards, values, offsets, last_values, cfg):
     rewards[inside], before[:, :-1][inside] = token_rewards, values
     rewards[torch.arange(len(lengths)), lengths - 1] += cfg.gamma * last_values
     dones = torch.arange(inside.shape[1])[None] >= lengths[:, None] - 1                     # the last token, and all that is filler
-    advantages, returns = gae(rewards, before, dones, cfg.gamma, cfg.lam)
-    if cfg.lam_value != cfg.lam:                                                            # decoupled (VC-PPO, arXiv 2503.01491)
+    lam = (1 - 1 / (cfg.lam_length * lengths.double())).clamp(min=0) if cfg.lam_length else cfg.lam
+    advantages, returns = gae(rewards, before, dones, cfg.gamma, lam)
+    if cfg.lam_length or cfg.lam_value != cfg.lam:                                                            # decoupled (VC-PPO, arXiv 2503.01491)
         returns = gae(rewards, before, dones, cfg.gamma, cfg.lam_value)[1]
     return advantages[inside], returns[inside]
 
@@ -334,7 +338,7 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
                    group_size=(1 if cfg.method in ("ppo", "reinforce++") else 2, 64), lora_rank=(0, 256), lora_alpha=(1, 512), num_epochs=(1, 100),
                    prompts_per_step=(1, 4096), num_minibatches=(1, 64), num_epochs_per_step=(1, 16), gamma=(0, 1), lam=(0, 1), lam_value=(0, 1),
                    overlong=(0, 1), num_steps=(0, 10**7), max_new_tokens=(1, 10**6), is_cap=(1, 1e9), dual_clip=(0, 100), max_grader_error=(0, 1),
-                   eval_every=(0, 10**9), cold_start=(0, 10**6))
+                   eval_every=(0, 10**9), cold_start=(0, 10**6), target_kl=(0, 10), missing_eos=(-100, 0), lam_length=(0, 100))
     for key, (low, high) in allowed.items():
         if not low <= getattr(cfg, key) <= high:
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected within [{low}, {high}]; {METHODS[cfg.method].get(key, 'auto')} is recommended")
@@ -355,6 +359,12 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
     if cfg.adv_scale == "group" and any(weights.get("rlcr") for weights in parse_rewards(cfg.rewards).values()):
         raise ValueError(f"--rewards={cfg.rewards} and --adv_scale=group: dividing by the group's standard deviation makes proper scoring rules over-confident "
                          "(arXiv 2508.11800); expected --adv_scale=none")
+    if cfg.target_kl and cfg.num_epochs_per_step * cfg.num_minibatches == 1:
+        raise ValueError(f"--target_kl={cfg.target_kl}: a step of one update has none to leave out; raise --num_minibatches or --num_epochs_per_step")
+    if cfg.missing_eos and cfg.truncated == "mask":
+        raise ValueError(f"--missing_eos={cfg.missing_eos}: --truncated=mask trains on no answer that it would reach")
+    if cfg.lam_length and (cfg.method != "ppo" or cfg.lam != 1):
+        raise ValueError(f"--lam_length={cfg.lam_length}: is in place of --lam (found {cfg.lam}), and of --method=ppo (found {cfg.method})")
     if cfg.truncated == "bootstrap" and cfg.method != "ppo":
         raise ValueError("--truncated=bootstrap needs the critic of --method=ppo")
     return cfg
@@ -418,6 +428,8 @@ def collect(model, tokenizer, pools, places, per_track, cfg, rewards, rank, worl
         mine = asked[rank::world_size]
         groups = play_for_rewards(model, tokenizer, [(k, p) for k, p, _ in mine], rewards, [seed for _, _, seed in mine], num_samples=cfg.group_size,
                                   temperature=cfg.temperature, **sampling(cfg))
+        if cfg.missing_eos:
+            groups = [[a._replace(reward=cfg.missing_eos) if a.truncated and a.reward is not None else a for a in g] for g in groups]
         everything += groups
         for j, g in enumerate(groups):
             graded = [a.reward for a in g if a.reward is not None]
@@ -666,7 +678,7 @@ def train(cfg):
 
         # update: minibatches of all ranks' sequences in one global order, so that they do not depend on the number of ranks. Prompts are shuffled, the
         # answers to one stay neighbours: what they share is then computed once
-        sums, gap, norms, critic_norms = torch.zeros(11, dtype=torch.float64, device=device), 0.0, [], []
+        sums, gap, norms, critic_norms, stopped = torch.zeros(11, dtype=torch.float64, device=device), 0.0, [], [], False
         alone = cfg.critic_warmup if ppo else 0                                         # steps of the critic; the policy's schedule starts after them
         warming, scale = step < alone, lr_scale(max(0, step - alone), cfg.num_steps - alone, cfg.warmup_steps, cfg.decay_share)
         members = {}                                                                    # place of the prompt among all -> [(rank, n)] of its answers
@@ -698,7 +710,8 @@ def train(cfg):
                     loss, bounded = value_loss(values, flat(old_values), flat(returns), per_all_tokens, cfg.value_clip)
                     (loss * world_size).backward()                                        # DDP averages, we want the sum
                     sums[:2] += torch.stack([loss.detach(), bounded.sum()]).double()
-                for n, b in enumerate([] if warming else pieces):
+                before = sums.clone()
+                for n, b in enumerate([] if warming or stopped else pieces):
                     flat, b = lambda x, tokens=b.tokens: x[tokens].to(device), b.to(device)
                     set_gradient_sync(wrapped, n == len(pieces) - 1)
                     out = token_logps(forward, model, b, cfg.temperature)
@@ -719,7 +732,12 @@ def train(cfg):
                         gap = max(gap, drift.abs().max().item() if len(drift) else 0.0)
                 if ppo:
                     critic_norms.append(step_optimizers(critic, critic_optimizers, cfg, 1.0, "critic/grad_norm"))
-                if not warming:
+                if cfg.target_kl and not (warming or stopped):
+                    moved, num = all_reduce_sum((sums - before)[[5, 3]]).tolist()
+                    if stopped := moved > cfg.target_kl * num:                            # too far already: no update, no statistics of it
+                        sums = before
+                        model.zero_grad(set_to_none=True)
+                if not (warming or stopped):
                     norms.append(step_optimizers(model, optimizers, cfg, scale, "train/grad_norm"))
 
         # log
@@ -737,6 +755,8 @@ def train(cfg):
                         "rollout/engine_gap_max": max(all_gather_list([gap])), "rollout/is_weight_mean": sums[8] / n, "rollout/is_capped": sums[9] / n}
             if cfg.kl_coef > 0:
                 metrics["rollout/ref_kl"] = sums[10] / n
+            if cfg.target_kl:
+                metrics["train/updates"] = len(norms)
         if critic_norms:
             old_values, returns = old_values.double(), returns.double()
             rest = returns - old_values

@@ -620,6 +620,29 @@ def seen(log, rows, indices, num_items):
     return marked
 
 
+def full_matrix(log, other, values):
+    """What another log, fully observed, says of the users and items of this one -> (row (U,) int64, -1: says nothing of the user; table (R, I) float32,
+    nan: says nothing of the item). values (N,) are the rewards of `other`. Cells that are events of `log` are left out, since a policy may have learned
+    them; that, and what has no counterpart, is added to log.report. ValueError if nothing is left."""
+    users, items = ({raw: place for place, raw in enumerate(ids)} for ids in (log.user_ids, log.item_ids))
+    user = np.array([users.get(raw, -1) for raw in other.user_ids])[other.user]
+    item = np.array([items.get(raw, -1) for raw in other.item_ids])[other.item - 1]
+    both = (user >= 0) & (item >= 0)
+    row, found = np.full(len(log.user_ids), -1), np.unique(user[both])
+    row[found] = np.arange(len(found))
+    table = np.full((len(found), len(log.item_ids)), np.nan, np.float32)
+    table[row[user[both]], item[both]] = values[both]
+    mine = row[log.user] >= 0
+    cells = row[log.user[mine]], log.item[mine] - 1
+    known = np.unique(np.ravel_multi_index(cells, table.shape)[~np.isnan(table[cells])]) if table.size else np.zeros(0)
+    table[cells] = np.nan
+    log.report.append(f"full matrix: {(~both).sum():,} of {len(both):,} cells are of users or items that the log has not, {len(known):,} are events of the "
+                      f"log and left out; {(~np.isnan(table)).sum():,} are left, of {len(found):,} users and {(~np.isnan(table)).any(0).sum():,} items")
+    if np.isnan(table).all():
+        raise ValueError(f"--full_matrix: no cell is left to value policies on ({log.report[-1]})")
+    return row, table
+
+
 # -----------------------------------------------------------------------------
 # What a reward head has to beat
 

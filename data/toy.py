@@ -278,6 +278,7 @@ def _play(problem, calls):
     """(results of the calls, the store they leave), on a copy of the first state. A call that cannot be carried out has a
     result that says why, never an exception."""
     store, results = dict(problem.hidden.get("store", {})), []
+    names = {tool["function"]["name"] for tool in tools_of(problem.task)}
     for call in calls:
         name, arguments = call["name"], call["arguments"]
         try:
@@ -286,7 +287,7 @@ def _play(problem, calls):
                 if name != known or not isinstance(arguments, dict) or list(arguments) != [parameter]:
                     raise ValueError(f"the tool is {known}({parameter})")
                 name, arguments = "calculator", {"expression": arguments[parameter]}
-            elif name not in [tool["function"]["name"] for tool in tools_of(problem.task)]:
+            elif name not in names:
                 raise ValueError(f"no tool named {name}")
             if (not isinstance(arguments, dict) or sorted(arguments) != sorted(_ARGUMENTS[name])
                     or not all(isinstance(value, str) for value in arguments.values())):
@@ -479,18 +480,24 @@ def execute(problem: Problem, calls: list[dict]) -> list[str]:
 # turns and calls in ChatML, as the engine's Rollout.text does. Tool messages are not read: the calls are played again.
 
 
+def _messages(response):
+    """The messages of a text; messages stay what they are."""
+    if not isinstance(response, str):
+        return response
+    messages = []
+    for i, turn in enumerate(response.split("<|im_end|>\n<|im_start|>")):
+        role, _, text = turn.partition("\n") if i else ("assistant", "", turn)
+        try:
+            content, calls = parse_tool_calls(text) if role == "assistant" else (text, [])
+        except ToolCallError:
+            content, calls = text, [{"name": "", "arguments": {}}]  # a call, but of no tool there is
+        messages.append({"role": role, "content": content, "tool_calls": calls})
+    return messages
+
+
 def _turns(response):
     """(calls of all assistant turns, text of the last turn: "" if the response ends in a call or a tool message)"""
-    if isinstance(response, str):
-        messages = []
-        for i, turn in enumerate(response.split("<|im_end|>\n<|im_start|>")):
-            role, _, text = turn.partition("\n") if i else ("assistant", "", turn)
-            try:
-                content, calls = parse_tool_calls(text) if role == "assistant" else (text, [])
-            except ToolCallError:
-                content, calls = text, [{"name": "", "arguments": {}}]  # a call, but of no tool there is
-            messages.append({"role": role, "content": content, "tool_calls": calls})
-        response = messages
+    response = _messages(response)
     calls = [call for message in response if message["role"] == "assistant" for call in message.get("tool_calls") or []]
     ended = response and response[-1]["role"] == "assistant" and not response[-1].get("tool_calls")
     return calls, response[-1]["content"] if ended else ""
@@ -499,6 +506,8 @@ def _turns(response):
 @never_raises
 def grade(problem: Problem, response: str | list[dict]) -> Outcome:
     """RIGHT if both the calls and the final answer are; else the outcome of the first that is not."""
+    if problem.task not in TEXT_TASKS:
+        response = _messages(response)  # once for both
     outcome = grade_call(problem, response)
     return grade_answer(problem, response) if outcome == Outcome.RIGHT else outcome
 

@@ -58,16 +58,20 @@ def gae(rewards, values, dones, gamma, lam):
     values   (B, T + 1) of the state before each action, and after the last
     dones    (B, T) bool: no value and no advantage crosses from t + 1 to t. A row may hold several episodes, and garbage, even nan,
              after the last done
-    gamma    discount; lam: 1 is the Monte Carlo return minus the value, 0 one step of temporal difference
+    gamma    discount; lam: 1 is the Monte Carlo return minus the value, 0 one step of temporal difference; a number, or (B,) one for each row
 
     fp32, or fp64 for fp64 rewards. An episode cut by a limit adds gamma V(next) to its last reward and is done there.
     """
     if rewards.ndim != 2 or values.shape != (rewards.shape[0], rewards.shape[1] + 1) or dones.shape != rewards.shape or dones.dtype != torch.bool:
         raise ValueError(f"expected rewards (B, T), values (B, T + 1), dones (B, T) bool, found {tuple(rewards.shape)}, {tuple(values.shape)}, "
                          f"{tuple(dones.shape)} {dones.dtype}")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma, lam: expected within [0, 1], found {gamma}, {lam}")
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    if torch.is_tensor(lam):
+        if lam.shape != rewards.shape[:1]:
+            raise ValueError(f"lam: expected a number or ({rewards.shape[0]},), found {tuple(lam.shape)}")
+        lam = lam.to(rewards.device, dtype)
+    if not (0 <= gamma <= 1 and bool(((0 <= lam) & (lam <= 1)).all() if torch.is_tensor(lam) else 0 <= lam <= 1)):
+        raise ValueError(f"gamma, lam: expected within [0, 1], found {gamma}, {lam}")
     return _gae(rewards.to(dtype), values.to(dtype), dones, gamma, lam)
 
 

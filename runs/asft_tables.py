@@ -1,6 +1,6 @@
 """Tables and the phase map of runs/asft_worlds.sh and asft_movielens.sh, from the results.json of their runs: python runs/asft_tables.py out/asft
 
-Writes tables.md and phase_map.png there. Intervals are 95 %, Student's t over seeds; differences are paired by seed.
+Writes tables.md, phase_map.png and temperature.png there. Intervals are 95 %, Student's t over seeds; differences are paired by seed.
 """
 import json
 import sys
@@ -193,6 +193,43 @@ def phase_map(worlds, root):
         ["noise", "autoplay", "R^2 within a history", "head's RMSE less the item mean's", "winner", *methods], rows)
 
 
+def temperature(worlds, root):
+    """True gain at the last step against the temperature of the weights, one panel for each noise of the rewards: too cold, and a few lucky events speak."""
+    cells = {float(name.removeprefix("temp_n")): runs for name, runs in worlds.items() if name.startswith("temp_n")}
+    if not cells:
+        return ""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(cells), figsize=(3.6 * len(cells), 3.4), squeeze=False, sharey=True)
+    rows, all_temps = [], sorted({r["value"] for runs in cells.values() for run in runs.values() for r in run["results"] if r["method"]})
+    for ax, (noise, runs) in zip(axes[0], sorted(cells.items())):
+        methods = list(next(iter(runs.values()))["after"])
+        temps = sorted({r["value"] for run in runs.values() for r in run["results"] if r["method"]})
+        for m in methods:
+            gains = [[next(r["test"]["true_value"] for r in run["results"] if r["method"] == m and r["value"] == t and r["last"])
+                      - run["before"]["test"]["true_value"] for run in runs.values()] for t in temps]
+            found = [mean_interval(cell) for cell in gains]
+            at = dict(zip(temps, map(interval, gains)))
+            rows.append([f"{noise:g}", m, *(at.get(t, "") for t in all_temps)])
+            ax.plot(temps, [mean for mean, *_ in found], "o-", ms=3, label=m)
+            if len(runs) > 1:
+                ax.fill_between(temps, [low for _, low, _ in found], [high for *_, high in found], alpha=.15)
+        ax.set_xscale("log")
+        ax.set_xticks(temps, [f"{t:g}" for t in temps])
+        ax.minorticks_off()
+        ax.set_title(f"noise {noise:g}", fontsize=10)
+        ax.set_xlabel("weight_temp")
+        ax.axhline(0, color="#999999", lw=0.8, ls=":")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("gain in true value, last step")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(root / "temperature.png", dpi=110)
+    return (f"## Temperature of the weights, {min(map(len, cells.values()))} seeds (temperature.png)\n\n"
+            + markdown(["noise", "gain at the last step", *(f"weight_temp {t:g}" for t in all_temps)], rows))
+
+
 def main(root):
     worlds, parts = load(root), []
     if not worlds:
@@ -201,7 +238,7 @@ def main(root):
         if name in worlds:
             runs = worlds[name]
             parts += [f"## World {name}", heads_line(runs), world_table(runs), frontier_table(runs), tolerance_table(runs), hacking_table(runs)]
-    parts.append(phase_map(worlds, root))
+    parts += [phase_map(worlds, root), temperature(worlds, root)]
     real = {name: runs for name, runs in worlds.items() if "true_value" not in next(iter(runs.values()))["before"]["test"]}
     if real:
         parts.append(backbone_table(real))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import hstu, hstu_attention, time_buckets
+from model import Recommender, RecommenderConfig
 
 YEAR = 365 * 86400
 
@@ -259,3 +260,44 @@ def test_bad_input(change, message):
 def test_time_buckets_take_int64_only():
     with pytest.raises(ValueError, match="timestamps: expected int64"):
         time_buckets(torch.zeros(2, 3))
+
+
+# -----------------------------------------------------------------------------
+# The model around it
+
+
+def test_the_model_is_its_equations():
+    """Two blocks of two heads, values wider than keys, against a loop over positions in fp64 written from 2402.17152, eq. 2 to 4, and the public code:
+    items * sqrt(D) + positions; U, V, Q, K in this order; both biases; over the constant max_length + 1; LayerNorm over all heads; times U; W_o; residual."""
+    D, H, K, V, T, N = 12, 2, 3, 5, 6, 9
+    config = RecommenderConfig(num_items=20, hidden_size=D, num_layers=2, num_heads=H, head_dim=K, value_dim=V, max_length=N - 1, backbone="hstu")
+    model = Recommender(config, torch.float64).init_weights(0).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype) * 0.3)
+        model.items.weight[0] = 0
+    items, lengths = torch.tensor([[3, 7, 7, 1, 20, 0], [5, 2, 0, 0, 0, 0]]), torch.tensor([5, 2])
+    times = torch.tensor([[0, 5, 5, 100, 10**6, 10**6 + 3], [9, 10, 10**9, 10**9, 10**9, 10**9]])
+    found = model(items, lengths, times)
+    norm = lambda x: (x - x.mean()) / (x.var(unbiased=False) + 1e-6).sqrt()
+    silu = lambda x: x / (1 + (-x).exp())
+    bucket = lambda d: min(128, max(0, math.floor(math.log(max(abs(d), 1)) / 0.301)))
+    for b in range(2):
+        x = [model.items.weight[items[b, j]] * D ** 0.5 + model.positions[j] for j in range(lengths[b])]
+        for layer in model.layers:
+            parts = [silu(layer.uvqk.weight @ norm(row)).split([H * V, H * V, H * K, H * K]) for row in x]
+            out = []
+            for i in range(len(x)):
+                heads = []
+                for h in range(H):
+                    total = torch.zeros(V, dtype=torch.float64)
+                    for j in range(i + 1):
+                        score = parts[i][2][h * K:][:K] @ parts[j][3][h * K:][:K] + layer.position_bias[i - j + N - 1]
+                        total = total + silu(score + layer.time_bias[bucket(int(times[b, min(i + 1, T - 1)] - times[b, j]))]) * parts[j][1][h * V:][:V]
+                    heads.append(total / N)
+                out.append(x[i] + layer.o.weight @ (norm(torch.cat(heads)) * parts[i][0]) + layer.o.bias)
+            x = out
+        assert (found[b, :lengths[b]] - torch.stack(x)).abs().max() < 1e-10
+    hidden, catalogue = found[0, 4:5].detach(), model.items.weight[1:].detach()
+    cosines = (catalogue @ hidden[0]) / hidden.norm() / catalogue.norm(dim=1)
+    assert (model.logits(hidden)[0] - cosines / 0.05).abs().max() < 1e-9

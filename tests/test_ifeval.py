@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from adversarial import assert_bounded
+from adversarial import assert_bounded, cost
 from data import ifeval
 from data.grading import Outcome
 
@@ -213,17 +213,11 @@ def test_adversarial_corpus(name):
 
 def test_work_is_linear():
     """Twice the text must not take four times as long: steps of the patterns that a careless form of makes quadratic."""
-    import time
     for name, unit in (("detectable_format:title", "<<a "), ("detectable_content:number_placeholders", "[a "), ("length_constraints:number_sentences", "...a"),
                        ("detectable_format:number_bullet_lists", " \n"), ("detectable_format:number_highlighted_sections", "*a\n"), ("detectable_content:postscript", "p."),
                        ("length_constraints:number_paragraphs", "***"), ("keywords:forbidden_words", "al"), ("detectable_format:json_format", "[")):
         kwargs = {key: LARGEST[key] for key in ifeval.CHECKERS[name][1]}
-        best = {}
-        for size in (8192, 65536):
-            for _ in range(4):
-                started = time.thread_time()
-                ifeval.grade((unit * size)[:size], [name], [kwargs])
-                best[size] = min(best.get(size, 9), time.thread_time() - started)
+        best = {size: cost(lambda size=size: ifeval.grade((unit * size)[:size], [name], [kwargs]))[1] for size in (8192, 65536)}
         assert best[65536] < 24 * best[8192] + 0.002, (name, best)  # linear is 8, quadratic 64
 
 

@@ -1,12 +1,12 @@
 import json
 import os
 import re
-import time
 import zlib
 from itertools import combinations
 
 import pytest
 
+from adversarial import cost
 from data import ifeval, instructions
 from data.grading import Outcome
 
@@ -104,9 +104,8 @@ def sample(split, num=3000, seed=0):
 
 
 def test_pure_and_fast():
-    started = time.thread_time()
-    first = sample("train")
-    assert 3000 / (time.thread_time() - started) > 2000
+    first, seconds = cost(lambda: sample("train"), enough=1.5)
+    assert 3000 / seconds > 2000
     assert first[1234] == instructions.problem("train", 0, 1234) and first[7] != instructions.problem("train", 1, 7)
     # fixed for good: whoever changes draws or tables changes what a seed stands for, and should know
     assert zlib.crc32(repr([(p.prompt, p.hidden) for p in first[:100]]).encode()) == 3345295492

@@ -2,11 +2,11 @@ import functools
 import gzip
 import json
 import os
-import time
 
 import pytest
 
 import rollouts
+from adversarial import cost
 from data import gsm8k, ifeval, mbpp, tasks
 from data.grading import Outcome
 from data.prompts import Label, Pair, parse_filter, problems, read, turns
@@ -346,12 +346,12 @@ def test_broken_templates(text, why):
 
 @pytest.mark.parametrize("text", ["<|im_start|>" * 20_000, "[INST]" * 40_000, "[INST][/INST]" * 20_000, "\n\nHuman:" * 30_000 + "\n\nAssistant:", "\n" * 250_000 + "x", "<|" * 120_000])
 def test_templates_are_linear(text):
-    started = time.thread_time()
-    try:
-        turns(text)
-    except ValueError:
-        pass
-    assert time.thread_time() - started < 1                  # a quadratic scan of 250 KB takes minutes
+    def read():
+        try:
+            turns(text)
+        except ValueError:
+            pass
+    assert cost(read, enough=1)[1] <= 1                  # a quadratic scan of 250 KB takes minutes
 
 
 # -----------------------------------------------------------------------------

@@ -5,13 +5,13 @@ that of Qwen's templates, nothing in a message becomes a special token, and what
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from adversarial import cost
 from tokenizer import Tokenizer, ToolCallError, parse_tool_calls, validate_messages
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -439,15 +439,18 @@ def test_known_tools_only():
 
 
 def test_parser_is_linear_and_never_crashes():
-    start = time.perf_counter()
     units = ("<tool_call>", "</tool_call>", '"', '\\"', '"\\', "{", "[]", "<tool_call>{", '<tool_call>"', "\ud800", "<")
+
+    def parse(text):
+        try:
+            return parse_tool_calls(text)[1]
+        except ToolCallError:
+            return []
     for unit in units:
         for head in ("", "<tool_call>", '<tool_call>{"name": "', "a"):
-            try:
-                parse_tool_calls(head + unit * (64_000 // len(unit)))
-            except ToolCallError:
-                pass
-    assert time.perf_counter() - start < 44 * 0.5                             # quadratic: a minute
+            assert cost(lambda: parse(head + unit * (64_000 // len(unit))), enough=0.1)[1] <= 0.1, (head, unit)      # quadratic: over a second
+    calls, seconds = cost(lambda: parse('<tool_call>{"name": "a", "arguments": {}}</tool_call>' * 40_000), enough=0.5)
+    assert len(calls) == 40_000 and seconds <= 0.5                            # 2 MB of calls, .2 s; 1.3 s if each copies the rest
 
 
 # -----------------------------------------------------------------------------

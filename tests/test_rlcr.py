@@ -1,7 +1,6 @@
 """RLCR: the confidence an answer states is read and never guessed, graders do not see it, its reward is the paper's, and no group's std divides it."""
 import itertools
 import math
-import time
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollouts
+from adversarial import cost
 from data.grading import MAX_CHARS, Outcome, Problem, stated_confidence, without_confidence
 from data.rewards import Sample, grader_reward, open_rewards, parse_rewards, rlcr_reward, weighted
 from engine import Rollout
@@ -80,10 +80,8 @@ def test_any_text_gives_a_number_in_range_or_stays(text):
 @pytest.mark.parametrize("piece", ["<confidence>", "<confidence>0.8", "<confidence>0.", "<confidence> ", " ", "0", tag(".8"), "</confidence>"])
 def test_reading_is_linear(piece):
     """The longest text that is read, made of what could make a search start over: under a second here, minutes where it is quadratic in a large part."""
-    begin = time.process_time()
-    stated_confidence(piece * (MAX_CHARS // len(piece)))
-    stated_confidence(("<confidence>0." + piece * MAX_CHARS)[:MAX_CHARS])
-    assert time.process_time() - begin < 1
+    texts = piece * (MAX_CHARS // len(piece)), ("<confidence>0." + piece * MAX_CHARS)[:MAX_CHARS]
+    assert cost(lambda: [stated_confidence(text) for text in texts], enough=1)[1] <= 1
 
 
 def test_of_a_conversation_the_last_message_of_the_assistant_counts():

@@ -198,6 +198,17 @@ def test_training_never_sees_the_truth_and_methods_never_the_judges_rewards(monk
     assert all(same(a, b) for a, b in zip(kept["nothing"][:3], kept["judged"][:3])) and not same(kept["nothing"][3], kept["judged"][3])
 
 
+def test_every_setting_of_the_world_is_a_flag():
+    """What the log follows, and what is in it, reaches the world; --init with another one is refused (see above) since each is of the world."""
+    plain = train_asft.open_world(Config(**SMALL))
+    for key, value in dict(taste=0.0, pop=3.0, habit=0.0, bait_share=.5, noise=0.0, noise_spread=1.0, autoplay=1.0).items():
+        world = train_asft.open_world(Config(**SMALL | {key: value}))
+        assert key in train_asft.OF_INIT
+        clicks, rewards = np.array_equal(world.log.item, plain.log.item), np.array_equal(world.log.reward_raw, plain.log.reward_raw)
+        assert (clicks, rewards) == (key in ("noise", "noise_spread", "autoplay"), False), key
+        assert (world.truth.bait.mean() > .4) == (key == "bait_share")
+
+
 def test_advantages_of_every_baseline_by_hand():
     """r - V by event, from a loop over the log: nan where an event is no training decision of a user whose rewards may be read."""
     cfg = Config(**SMALL)
@@ -207,7 +218,7 @@ def test_advantages_of_every_baseline_by_hand():
     reads = lambda e: world.visible[log.user[e]] and world.part[e] == 0
     mean = np.mean([reward[e] for e in range(len(reward)) if reads(e)])
     for baseline in ("zero", "global", "item", "user"):
-        found, _ = train_asft.reward_advantages(replace(cfg, baseline=baseline), model, world, torch.device("cpu"))
+        found, expectations, _ = train_asft.reward_advantages(replace(cfg, baseline=baseline), model, world, torch.device("cpu"))
         for e in range(len(reward)):
             first = e == 0 or log.user[e - 1] != log.user[e]
             if not reads(e) or first:
@@ -217,8 +228,9 @@ def test_advantages_of_every_baseline_by_hand():
             of_item = [reward[i] for i in range(len(reward)) if reads(i) and log.item[i] == log.item[e]] if baseline == "item" else []
             expected = reward[e] - dict(zero=0.0, **{"global": mean}, user=np.mean(past), item=np.mean(of_item or [0.0]))[baseline]
             assert found[e] == pytest.approx(expected, abs=1e-5), (baseline, e)
+            assert expectations[e] == pytest.approx(reward[e] - expected, abs=1e-5), (baseline, e)
     for baseline in ("head", "policy"):
-        found, _ = train_asft.reward_advantages(replace(cfg, baseline=baseline), model, world, torch.device("cpu"))
+        found, expectations, _ = train_asft.reward_advantages(replace(cfg, baseline=baseline), model, world, torch.device("cpu"))
         assert np.isfinite(found).sum() == sum(reads(e) and e > 0 and log.user[e - 1] == log.user[e] for e in range(len(reward)))
 
 
@@ -241,6 +253,42 @@ def test_a_target_that_training_never_saw_is_a_miss():
     hit = item == item[before.argmax()]                             # an item that is found at least once
     after = of(world._replace(part=np.where((world.part == 0) & (world.log.item == item[before.argmax()]), 9, world.part)))
     assert before[hit].sum() > 0 == after[hit].sum() and (before == after)[~hit].all()
+
+
+def test_seen_items_may_be_ranked_too():
+    """A repeated target among the items of its history: with them in the ranking nothing is above its place, without them it can only rise."""
+    world = train_asft.open_world(Config(**SMALL))
+    model = train_asft.Recommender(train_asft.new_model(Config(**SMALL), world)).init_weights(0)
+    of = lambda world: recommend.evaluate(model, world, None, torch.device("cpu"))["test"][1]["mrr@10"]
+    masked, ranked = of(world), of(world._replace(mask_seen=False))
+    assert (masked >= ranked).all() and masked.sum() > ranked.sum()
+    assert train_asft.open_world(Config(**SMALL | dict(mask_seen=False))).mask_seen is False
+
+
+def test_the_first_item_is_valued_too():
+    cfg = Config(**SMALL)
+    world = train_asft.open_world(cfg)
+    model = train_asft.Recommender(train_asft.new_model(cfg, world)).init_weights(0)
+    tables = recommend.tables_of(model, [model], world, torch.device("cpu"))
+    found = recommend.evaluate(model, world, tables, torch.device("cpu"))["test"][1]
+    for i, row in enumerate(world.targets["test"][:world.policy_users]):
+        best = tables["test"]["ref_logp"][i].argmax()
+        assert found["top1_true_value"][i] == world.truth.mu[world.log.user[row[0]], best] and found["top1_judge"][i] == tables["test"]["judge"][i, best]
+
+
+def test_weights_are_logged_by_tenths_of_what_was_expected():
+    assert train_asft.deciles(np.array([3.0, np.nan, 1, 2, 4, 5, 6, 7, 8, 9, 10])).tolist() == [3, 0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert set(train_asft.deciles(np.array([5.0] * 7)).tolist()) == {1}
+    world = train_asft.open_world(Config(**SMALL))
+    whole = SMALL | dict(method="asft", batch_size=len(world.readers(world.visible)))                        # a batch of all who are trained on
+    train_asft.main(Config(name="dummy/tenths", baseline="zero", **whole))
+    line = [json.loads(x) for x in Path("out/dummy/tenths/metrics.jsonl").read_text().splitlines() if "train/advantage" in x][0]
+    a = np.load("out/dummy/tenths/advantages.npy")
+    assert line["train/advantage"] == pytest.approx(np.nanmean(a), abs=1e-5)                # V = 0: one class
+    assert line["train/weight_v1"] == pytest.approx(np.minimum(np.exp(a[~np.isnan(a)]), 20).mean(), rel=1e-5) and "train/weight_v2" not in line
+    train_asft.main(Config(name="dummy/tenths", overwrite=True, **whole))
+    line = [json.loads(x) for x in Path("out/dummy/tenths/metrics.jsonl").read_text().splitlines() if "train/advantage" in x][0]
+    assert {f"train/weight_v{k}" for k in range(1, 11)} <= line.keys()
 
 
 def test_the_state_reads_nothing_later():
@@ -310,6 +358,35 @@ def test_a_file_from_elsewhere(tmp_path, monkeypatch, capsys):
         '{"init": "out/dummy/csv", "turns": 3}'
 
 
+def test_policies_are_valued_on_a_full_matrix(tmp_path):
+    """Twenty users in a second log that has all of their items: the value is the sum over what the log has not of the policy, renormalised, times the reward."""
+    rng = np.random.default_rng(1)
+    reward = rng.normal(size=(40, 25)).round(3)
+    head = "who,what,stars,when\n"
+    lines = [f"u{u},i{i},{reward[u, i]},{1000 * u + 10 * k}" for u in range(40) for k, i in enumerate(rng.permutation(25)[:rng.integers(5, 15)])]
+    Path("log.csv").write_text(head + "\n".join(lines) + "\n")
+    Path("full.csv").write_text(head + "\n".join(f"u{u},i{i},{reward[u, i]},{i}" for u in range(20) for i in range(24)) + "\n")
+    values = SMALL | dict(data="csv:log.csv", col_user="who", col_item="what", col_reward="stars", col_time="when", full_matrix="csv:full.csv", method="asft,exact")
+    summary = train_asft.main(Config(name="dummy/full", **values))
+    world = train_asft.open_world(Config(**values))
+    model, _ = checkpoint.load_recommender(last_step("dummy/full"))
+    column = [int(name[1:]) for name in world.catalogue.item_ids]
+    found = []
+    for _, batch, _, hidden in recommend.states(model, world, world.targets["test"], torch.device("cpu")):
+        for u, logits in zip(batch.users.tolist(), model.logits(hidden)):
+            name, had = int(world.log.user_ids[u][1:]), set(world.log.item[world.log.user == u].tolist())
+            left = [i for i in range(25) if i + 1 not in had and column[i] < 24]
+            if name < 20:
+                p = logits[left].double().softmax(0).tolist()
+                found.append(sum(a * float(np.float32(reward[name, column[i]])) for a, i in zip(p, left)))
+    assert len(found) == 20 and recommend.evaluate(model, world, None, torch.device("cpu"))["test"][0]["full_matrix"] == pytest.approx(np.mean(found), abs=1e-9)
+    assert summary["asft"]["full_matrix"] == pytest.approx(np.mean(found), abs=1e-6) and summary["before"]["full_matrix"] != summary["exact"]["full_matrix"]
+    assert "test full_matrix" in Path("out/dummy/full/report.md").read_text()
+    for more in (dict(reward_scale="std"), dict(data="bandit")):
+        with pytest.raises(ValueError, match="--full_matrix=csv:full.csv: expected"):
+            train_asft.open_world(Config(**values | more))
+
+
 def test_items_are_found_by_id_title_or_part():
     catalogue = checkpoint.Catalogue(["10", "7", "8"], ["Toy Story (1995)", "Fargo (1996)", "Toy Story 2 (1999)"])
     assert [recommend.find_item(catalogue, text) for text in ("10", " fargo (1996) ", "fargo", "story 2", "toy story (1995)")] == [1, 2, 2, 3, 1]
@@ -324,7 +401,7 @@ def test_bfloat16_runs():
 
 @pytest.mark.parametrize("more, match", [
     (dict(method="asft,grpo"), "--method=grpo: expected some of asft"), (dict(method="asft,asft"), "names a method twice"),
-    (dict(size="huge"), "--size=huge is unknown"), (dict(trials=5), "--trials=5"), (dict(softmax="sampled", method="ppo"), "ppo need log-probabilities"),
+    (dict(size="huge"), "--size=huge is unknown"), (dict(trials=7), "--trials=7"), (dict(trials=5, method="asft,ppo"), "--trials=5: expected 1 to 4"), (dict(softmax="sampled", method="ppo"), "ppo need log-probabilities"),
     (dict(weight_temp=0.0), "--weight_temp=0.0: expected above 0"), (dict(weight_temp=0.01, method="exp_rsft"), "overflows at r ="),
     (dict(method="reward_bc", negative="stop", noise=5.0), "rewards are weights and must not be negative"), (dict(judge_share=1.0), "--judge_share=1.0"),
     (dict(ensemble=1, method="iql"), "--ensemble=1"), (dict(folds=4, ensemble=3), "--folds=4"), (dict(gamma=1.0), "expected --dropout and --gamma"),

@@ -126,6 +126,21 @@ def test_ppo_advantages_of_ragged_sequences(lam, lam_value):
             assert abs(float(returns[t]) - carried[1] - float(values[t])) < 1e-6
 
 
+def test_lam_by_length():
+    """VAPO's 1 - 1 / (.5 n) for answers of 1, 2, 3 and 8 tokens, 0 where that is below 0; the critic's targets keep lam_value."""
+    lengths = [1, 2, 3, 8]
+    offsets, values = np.concatenate([[0], np.cumsum(lengths)]), draws(14, seed=1)
+    rewards, last = draws(14), torch.zeros(4).double()
+    advantages, returns = ppo_advantages(rewards, values, offsets, last, Config(gamma=.9, lam_length=.5))
+    for a, b, lam in zip(offsets, offsets[1:], (0, 0, 1 / 3, .75)):
+        alone = ppo_advantages(rewards[a:b], values[a:b], np.array([0, b - a]), last[:1], Config(gamma=.9, lam=lam))
+        assert torch.allclose(advantages[a:b], alone[0], atol=1e-12, rtol=0) and torch.allclose(returns[a:b], alone[1], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"lam: expected a number or \(2,\)"):
+        gae(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.bool), 1, torch.ones(3))
+    with pytest.raises(ValueError, match="within"):
+        gae(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.bool), 1, torch.tensor([.5, 1.5]))
+
+
 def test_whiten_by_track():
     x, tracks = torch.tensor([1.0, 3.0, 10.0, 30.0, 50.0]), torch.tensor([0, 0, 1, 1, 1])
     out = whiten(x, tracks, 2)
@@ -473,7 +488,7 @@ def test_defaults_by_method_size_and_data():
 
 @pytest.mark.parametrize("flag, value", [("lr", 1.0), ("temperature", 0.0), ("temperature", 2.5), ("group_size", 1), ("group_size", 65), ("clip_high", 2.0), ("kl_coef", 1.5),
                                          ("lora_rank", 512), ("num_epochs", 101), ("cispo_cap", .5), ("kl_form", "k1_loss"), ("kl_form", "k3_reward"), ("aggregate", "mean"),
-                                         ("truncated", "bootstrap"), ("lam", 1.1)])
+                                         ("truncated", "bootstrap"), ("lam", 1.1), ("target_kl", .1), ("target_kl", -1.0), ("missing_eos", 1.0), ("lam_length", .05)])
 def test_refusals_name_the_flag(flag, value):
     with pytest.raises(ValueError, match=f"--{flag}="):
         resolve(Config(init="x", **{flag: value}), 1e6, 1000, 112)

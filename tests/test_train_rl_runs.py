@@ -242,15 +242,16 @@ def steps_of(name):
 
 
 def test_the_first_ratio_is_1_with_tools_cache_and_packing(models):
-    """Calls are executed between sampled turns; the trainer's log-probabilities, packed and at a temperature, are the sampler's."""
+    """Calls are executed between sampled turns; the trainer's log-probabilities, packed and at a temperature, are the sampler's: to 1e-5 on an Intel Xeon, and
+    1.22e-5 at the worst of a thousand tokens on an AMD EPYC, whose matrix products round otherwise. Another temperature or mask would be off by 1e-2."""
     values = settings(models, init=models["tools"], data="math_en", rewards="grader", num_prompts=8, max_new_tokens=112, num_steps=1, temperature=.9, pack=True)
     train_rl.main(Config(**values))
     line = metrics()[-2]
-    assert line["rollout/tool_calls"] > .3 and line["rollout/engine_gap_max"] <= 1e-5 and line["rollout/engine_kl"] < 1e-9
+    assert line["rollout/tool_calls"] > .3 and line["rollout/engine_gap_max"] <= 2e-5 and line["rollout/engine_kl"] < 1e-9
     # with several updates old is a forward pass of its own: at a rate of almost 0 its ratios to the policy are 1, too
     train_rl.main(Config(**values | dict(num_minibatches=2, lr=1e-8, device_batch_size=3)))
     line = metrics()[-2]
-    assert line["train/clip_frac"] == 0 and abs(line["train/approx_kl"]) < 1e-9 and line["rollout/engine_gap_max"] <= 1e-5
+    assert line["train/clip_frac"] == 0 and abs(line["train/approx_kl"]) < 1e-9 and line["rollout/engine_gap_max"] <= 2e-5
 
 
 def test_the_critic_learns_what_the_prompt_says(models):
@@ -268,6 +269,31 @@ def test_critic_warmup_leaves_the_policy_alone(models):
     before, warm, after = (load_file(Path(p) / "model.safetensors") for p in (models["random"], "out/dummy/step_000002", "out/dummy/step_000003"))
     assert all(torch.equal(before[n], warm[n]) for n in before) and not all(torch.equal(before[n], after[n]) for n in before)
     assert metrics()[0]["critic/loss"] > 0 and "train/loss" not in metrics()[0]
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo_mean"])
+def test_target_kl_ends_a_step_s_updates(models, method):
+    """A rate that moves far: of eight updates the first is made, whatever follows it is measured and left out; the critic makes all of its own."""
+    prompt_file()
+    values = settings(models, method=method, num_epochs_per_step=2, num_minibatches=4, num_steps=1, lr=1e-2, kl_coef=0.0)
+    train_rl.main(Config(**values | dict(name="dummy/free")))
+    train_rl.main(Config(**values | dict(name="dummy/bound", target_kl=1e-4)))
+    train_rl.main(Config(**values | dict(name="dummy/loose", target_kl=10.0)))
+    free, bound, loose = (metrics(f"dummy/{name}")[-2] for name in ("free", "bound", "loose"))
+    assert 1 <= bound["train/updates"] <= 3 and loose["train/updates"] == 8 and "train/updates" not in free
+    assert bound["train/approx_kl"] <= 1e-4 < free["train/approx_kl"] == loose["train/approx_kl"]
+    if method == "ppo":
+        a, b = (load_file(f"out/dummy/{name}/step_000001/extra.safetensors") for name in ("free", "bound"))
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_an_answer_out_of_tokens_gets_the_penalty_in_place_of_its_reward(models):
+    prompt_file()
+    train_rl.main(Config(**settings(models, num_steps=2, missing_eos=-1.0, dynamic_sampling="off")))
+    lines = [json.loads(line) for line in Path("out/dummy/rollouts.jsonl").read_text().splitlines()]
+    cut = [line["reward"] for line in lines if line["finish_reason"] == "length"]
+    assert cut and set(cut) == {-1} and all(line["reward"] >= 0 for line in lines if line["finish_reason"] != "length")
+    assert metrics()[0]["rollout/score_min"] == -1 and "train/loss" in metrics()[0]
 
 
 def test_lora_with_kl_starts_at_its_reference(models):

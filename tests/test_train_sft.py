@@ -94,27 +94,25 @@ def test_bucket_sums_by_hand():
 # The gradient does not depend on how the batch is cut
 
 PROBE = """
-import sys, torch, train_sft
-from common import parse_config
+import json, sys, torch, train_sft
 whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
 clip = train_sft.clip_grad_norm
 def probe(model, max_norm):
     grads = {n: whole(p.grad).clone() for n, p in model.named_parameters()}
-    torch.save(grads, sys.argv.pop())
-    train_sft.clip_grad_norm = clip
+    torch.save(grads, path)
     return clip(model, max_norm)
 train_sft.clip_grad_norm = probe
-path = sys.argv[-1]
-train_sft.main(parse_config(train_sft.Config, sys.argv[1:-1]))
+for path, settings in json.loads(sys.argv[1]).items():
+    train_sft.main(train_sft.Config(**settings))
 """
 
 
-def first_gradient(tmp_path, label, ranks=1, **settings):
-    """Full gradient of the first step, before clipping, as the script itself made it."""
+def first_gradients(tmp_path, runs, ranks=1):
+    """Full gradients of the first step of each run, before clipping, as the script itself made them. One start for all: it takes longer than they do."""
     (tmp_path / "probe.py").write_text(PROBE)
-    path = tmp_path / f"{label}.pt"
-    run(str(tmp_path / "probe.py"), *flags(**settings), str(path), ranks=ranks)
-    return torch.load(path, weights_only=True)
+    paths = [str(tmp_path / f"{ranks}_{i}.pt") for i in range(len(runs))]
+    run(str(tmp_path / "probe.py"), json.dumps(dict(zip(paths, runs))), ranks=ranks)
+    return [torch.load(path, weights_only=True) for path in paths]
 
 
 def assert_equal_gradients(a, b, tolerance=1e-6):
@@ -126,12 +124,10 @@ def assert_equal_gradients(a, b, tolerance=1e-6):
 def test_gradient_is_the_same_for_any_cut(tmp_path, cache):
     """1 rank: 1x8, 2x4, 8x1 micro-batches; 2 ranks: DDP 1x4, DDP 4x1, FSDP2 2x2. Supervised tokens are uneven over rows by construction."""
     settings = SMALL | dict(cache=cache, num_steps=1)
-    reference = first_gradient(tmp_path, "1x8", **settings)
-    for size in (4, 1):
-        assert_equal_gradients(reference, first_gradient(tmp_path, f"x{size}", **settings | dict(device_batch_size=size)))
-    for parallel, size in (("ddp", 4), ("ddp", 1), ("fsdp", 2)):
-        two = first_gradient(tmp_path, f"{parallel}{size}", ranks=2, **settings | dict(device_batch_size=size, parallel=parallel, muon_lr=0.0))
-        assert_equal_gradients(reference, two)
+    reference, *one = first_gradients(tmp_path, [settings | dict(device_batch_size=size) for size in (8, 4, 1)])
+    two = first_gradients(tmp_path, [settings | dict(device_batch_size=size, parallel=parallel, muon_lr=0.0) for parallel, size in (("ddp", 4), ("ddp", 1), ("fsdp", 2))], ranks=2)
+    for gradients in one + two:
+        assert_equal_gradients(reference, gradients)
 
 
 def test_packed_equals_padded(cache):
