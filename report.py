@@ -178,6 +178,15 @@ def recommender_table(root):
     return markdown(["world", "method", "true value", "judges say", "reward model says", "bait", "NDCG@10, high rewards", "NDCG@10", "KL to BC"], rows)
 
 
+def slates_table(root):
+    """What held-out people got of each agent: the hidden world, which no agent was trained in, and the user model, in which all were."""
+    found = json.loads((root / "slates" / "results.json").read_text())["results"]
+    crowds = {"world": "the hidden world", "users": "the user model that trained them"}
+    rows = [[crowds.get(crowd, crowd), policy, f"{r['mean']:.3f}", f"{r['last_turn']:.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*r["less_random"]),
+             f"{r['wins']:.2f}"] for crowd, policies in found.items() for policy, r in policies.items()]
+    return markdown(["people of", "policy", "utility per turn", "turn 5", "turn 5 less random slates", "sessions above base"], rows)
+
+
 def cell(text):
     text = text.replace("|", "\\|").replace("\n", " ⏎ ")
     return f"`{text[:110]}{'…' if len(text) > 110 else ''}`"
@@ -270,6 +279,20 @@ satisfaction with bait is recorded too high, which judges with data of their own
 
 The whole comparison: `{root}/asft/report.md`. Ask it: `.venv/bin/python chat.py --init={root}/asft`
 
+## An agent that learns what a person wants to see
+
+People of a hidden world refine prompts: each turn they see four columns of images and pick one. Types of user were fitted to their picks by EM, sessions were
+simulated with these types, and implicit Q-learning trained an agent on them. `myopic` is the same agent looking one turn ahead, `base` the generator of
+prompts as it comes, `oracle_greedy` knows the person and looks one turn ahead.
+
+{slates_table(root)}
+
+![utility by turn](slates/utility.png)
+
+![one person, two agents](slates/storyboard.png)
+
+Types of user, and whether they are the true ones: `{root}/users/report.md`. Play: `.venv/bin/python chat.py --init={root}/slates`
+
 ## Runs
 
 | stage | steps | data | seconds of training |
@@ -280,7 +303,7 @@ Talk to the model: `.venv/bin/python chat.py --init={root}/calibration`
 """
     write_atomically(root / "report.md", text)
     print("\n\n".join([evaluation.table(mid), evaluation.table(sft), rounds_table(rounds), evaluation.table(rl), confidence_table(calibrated, in_words),
-                       recommender_table(root)]))
+                       recommender_table(root), slates_table(root)]))
     print(json.dumps(dict(report=str(root / "report.md"), picture=str(root / "report.png"))))
 
 

@@ -35,7 +35,8 @@ def main(root):
             of = [r["crowds"][crowd][policy] for r in agents.values() if policy in r["crowds"].get(crowd, {})]
             if of:
                 gap = [x["gap"] for x in of if x["gap"] is not None]
-                rows.append([policy, cell([x["mean"] for x in of]), cell([x["last_turn"] for x in of]), cell(gap, 2) if gap else "-", cell([x["wins"] for x in of], 2)])
+                column = lambda key, digits=3: cell([x[key] for x in of], digits)
+                rows.append([policy, column("mean"), column("last_turn"), cell(gap, 2) if gap else "-", column("wins", 2)])
         print(f"**{label}**, {len(agents)} seeds\n")
         print(markdown(["policy", "utility per turn", "turn 5", "share of the gap random to oracle_type, turn 5", "sessions above base"], rows))
         for other in ("random", "bc", "myopic", "base", "oracle_greedy"):
@@ -51,8 +52,8 @@ def main(root):
             rows.append([name, *cells])
         print(markdown([f"IQL trained on ({len(seeds)} seeds)", "W, per turn", "W, turn 5", "B, per turn", "B, turn 5"], rows))
         for a, b in (("both", "real"), ("both", "simulated"), ("simulated", "real")):
-            pick = lambda n: agents if n == "simulated" else mixed[n]
-            print(f"{a} less {b}, W: turn 5 " + cell([pick(a)[s]["crowds"]["world"]["iql"]["last_turn"] - pick(b)[s]["crowds"]["world"]["iql"]["last_turn"] for s in seeds]))
+            at = lambda n, s: (agents if n == "simulated" else mixed[n])[s]["crowds"]["world"]["iql"]["last_turn"]
+            print(f"{a} less {b}, W: turn 5 " + cell([at(a, s) - at(b, s) for s in seeds]))
 
 
 if __name__ == "__main__":

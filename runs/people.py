@@ -14,7 +14,8 @@ from data.embeddings import save_embeddings  # noqa: E402
 
 
 def main(out, seed, num_users, num_sessions, world_types, deviation, critique):
-    found = sessions.world_log(slate.World(seed, num_types=world_types, deviation=deviation), seed, num_users=num_users, num_sessions=num_sessions, critique=critique)
+    world = slate.World(seed, num_types=world_types, deviation=deviation)
+    found = sessions.world_log(world, seed, num_users=num_users, num_sessions=num_sessions, critique=critique)
     Path(out).mkdir(parents=True, exist_ok=True)
     save_embeddings(f"{out}/sessions.npz", found.ids, found.emb, "world", False)
     slate.write_truth(f"{out}/sessions.truth.jsonl", found.log, found.kind, found.utility.reshape(-1, found.utility.shape[2]))

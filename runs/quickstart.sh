@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe at toy size, on a CPU: base -> mid-training with and without replay -> SFT -> rejection sampling -> RL on two tracks, merged ->
-# calibration; and a recommender, from its log to advantage-weighted SFT -> out/quickstart/report.md.
+# calibration; a recommender, from its log to advantage-weighted SFT; an agent that shows slates to simulated people -> out/quickstart/report.md.
 # No network, no GPU, no login. Independent stages run side by side, one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -78,6 +78,14 @@ asft_fair() { asft asft --method=asft,reward_bc,bc,exact; }
 asft_bias() { asft asft_bias --method=asft,reward_bc,bc,exact --autoplay=.95; }
 both asft_fair asft_bias
 
+say "an agent that learns a taste: types of user by EM, simulated sessions, implicit Q-learning (two minutes)"
+python runs/people.py $root/people --num_users=400 > /dev/null
+logged "$root/users.log" python train_user_model.py --name=quickstart/users --data=$root/people/sessions.jsonl --embeddings=$root/people/sessions.npz \
+    --truth=$root/people/sessions.truth.jsonl --num_steps=40 --lr=.1 --restarts=2
+logged "$root/slates.log" python train_iql.py --name=quickstart/slates --simulator=$root/users --method=iql,myopic,bc --sim_sessions=4000 --num_steps=600 --eval_every=0 \
+    --val_people=100 --eval_people=300
+
 python report.py --root=$root
 say "done: $root/report.md, $root/report.png. Talk to it:  .venv/bin/python chat.py --init=$root/calibration"
+echo "Or pick pictures:  .venv/bin/python chat.py --init=$root/slates"
 echo "Or ask the recommender:  .venv/bin/python chat.py --init=$root/asft --prompt='history 010; romance 003'"
