@@ -344,10 +344,10 @@ def test_a_high_expectile_promises_what_the_policy_does_not_hold(monkeypatch):
 
 
 def test_cartpole_from_random_actions():
-    values = dict(width=64, lr=1e-3, num_steps=2500, eval_every=0)
+    values = dict(width=64, lr=1e-3, num_steps=3000, eval_every=0)
     iql = train_iql.main(Config(name="dummy/iql", **values))
     bc = train_iql.main(Config(name="dummy/bc", method="bc", **values | dict(num_steps=500)))
-    assert iql["eval/return"] >= 300 and bc["eval/return"] <= 60 and 18 < iql["data_return"] < 27
+    assert iql["eval/return"] >= 350 and bc["eval/return"] <= 60 and 18 < iql["data_return"] < 27
 
 
 # -----------------------------------------------------------------------------
