@@ -40,7 +40,7 @@ class WorldCrowd:
 
     def utilities(self, start, base, base_texts, texts, images):
         """start, base (n, d), base_texts [n], texts [n][L], images (n, L, M, d) -> (n, L)."""
-        return self.world.utilities(self.people, start, base_texts, texts, images)
+        return self.world.utilities(self.people, start, base, images)
 
     def probabilities(self, utilities, turn):
         return self.world.probabilities(self.people, utilities, turn)

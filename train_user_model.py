@@ -54,6 +54,7 @@ class Config:
     agg: Literal["lse", "max", "mean"] = "lse"          # a column's worth from those of its images; raters judge by the best (ours)
     lse_temp: float = 0.1            # agg=lse: lower is nearer to the maximum (ours)
     change: bool = True              # learn c_k, what a type gives for an image unlike the turn's base (ours)
+    closeness: bool = True           # learn a_k, how much the first wish counts beside a taste; false: 1 (ours)
     same: Literal["drop", "half"] = "drop"              # a pick "same" as the one before: no evidence, or half of better and half of worse (ours)
     # data
     data: str = "world"              # world: synthetic sessions; or session files (data/README.md), comma-separated
@@ -279,7 +280,7 @@ def train(cfg):
         if begun:
             model, _ = user_model.load_user_model(resume, device, dtype)
         else:
-            config = UserModelConfig(K, width, cfg.rank, cfg.agg, cfg.lse_temp, cfg.change, cfg.same)
+            config = UserModelConfig(K, width, cfg.rank, cfg.agg, cfg.lse_temp, change=cfg.change, closeness=cfg.closeness, same=cfg.same)
             ratings = parts[FIT].ratings.rating
             model = UserModel(config).to(dtype).init_weights(random_key(cfg.seed, "start", K, start), cfg.tau_init, cfg.rating_sigma,
                                                              float(ratings.mean()) if len(ratings) else 0.0).to(device)

@@ -2,9 +2,11 @@
 
 A user has one type k for ever. An image I is worth, to a user of type k who began with the prompt `start` and sees a turn that began with `base`,
 
-    s_k = cos(A_k start, A_k I) + w_k . I + c_k (1 - cos(base, I))         A_k = identity + up_k down_k of low rank, |w_k| = 1, c_k = 2 tanh(.)
+    s_k = a_k cos(A_k start, A_k I) + w_k . I + c_k (1 - cos(base, I))
+    A_k = identity + up_k down_k of low rank, |w_k| = 1, 0 < a_k = 2 sigmoid(.) < 2, c_k = 2 tanh(.)
 
-The last term is ours: the charm of what is unlike the picture before, for better or worse, which lasts one turn; change=False leaves it out. Beside
+The last term is ours: the charm of what is unlike the picture before, for better or worse, which lasts one turn; change=False leaves it out. So is a_k, how
+much the wish that the user began with counts beside a taste; closeness=False holds it at 1. Beside
 a single prompt (pairs, ratings) start and base are that prompt. A column of M images is worth R_k = agg_m s_k (raters go by the best image:
 agg=lse is a soft maximum), and what a user of type k does is
 
@@ -13,7 +15,7 @@ agg=lse is a soft maximum), and what a user of type k does is
     pair        P(a over b) = sigmoid(tau_pair (s_a - s_b)), a label of 1/2 is half of each
     rating      y ~ Normal(slope s + offset, sigma^2), slope > 0
 
-R is bounded by 2 + 2 |c_k| <= 6, since of tau R only the product is seen. The E-step pools log-likelihoods over ALL observations of a user:
+R is bounded by a_k + 1 + 2 |c_k| <= 7, since of tau R only the product is seen. The E-step pools log-likelihoods over ALL observations of a user:
 
     log g_i(k) = log pi_k + sum over the observations x of user i of log p(x | k) - logsumexp_k
 
@@ -162,6 +164,7 @@ class UserModelConfig:
     agg: Literal["lse", "max", "mean"] = "lse"          # of a column's images
     lse_temp: float = 0.1       # of agg=lse: 0 would be the maximum, infinity the mean
     change: bool = True         # c_k is learned, else 0
+    closeness: bool = True      # a_k is learned, else 1
     same: Literal["drop", "half"] = "drop"              # a comparison "same": no evidence, or half of better and half of worse
 
     def __post_init__(self):
@@ -180,6 +183,7 @@ class UserModel(nn.Module):
         self.up = nn.Parameter(torch.empty(K, D, r))
         self.taste = nn.Parameter(torch.empty(K, D))                          # w_k
         self.change = nn.Parameter(torch.zeros(K), requires_grad=config.change)
+        self.closeness = nn.Parameter(torch.zeros(K), requires_grad=config.closeness)
         self.log_tau = nn.Parameter(torch.zeros(len(TAUS)))
         self.rating = nn.Parameter(torch.zeros(3))                            # log slope, offset, log sigma
         self.log_prior = nn.Parameter(torch.full((K,), -np.log(K)), requires_grad=False)          # log pi, which has a closed form
@@ -206,7 +210,7 @@ class UserModel(nn.Module):
         self.taste[k] /= self.taste[k].norm()
         self.down[k] = (noise(r, D) / D ** 0.5).to(self.down)
         self.up[k] = (noise(D, r) * 0.1 / max(D * r, 1) ** 0.5).to(self.up)
-        self.change[k] = 0.0
+        self.change[k] = self.closeness[k] = 0.0
 
     @torch.no_grad()
     def project(self):
@@ -235,7 +239,7 @@ class UserModel(nn.Module):
         both = images @ torch.cat([down, inner]).flatten(0, 1).T                                                         # (N, P, 2 K r)
         low, high = both.unflatten(-1, (2, K, r)).unbind(2)
         lengths = (1 + (low * high).sum(-1)).clamp(min=1e-6).sqrt()                                                      # (N, P, K): |A_k I|
-        scores = images @ pulled.mT / lengths + images @ F.normalize(self.taste, dim=-1).T
+        scores = 2 * self.closeness.sigmoid() * (images @ pulled.mT / lengths) + images @ F.normalize(self.taste, dim=-1).T
         if self.config.change:
             scores = scores + 2 * self.change.tanh() * (1 - (images * base[:, None]).sum(-1, keepdim=True))
         return scores

@@ -8,9 +8,10 @@ prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves 
                 kin in threes; half of the twists are wild (norm 1), half mild (.3). A text without a word of the world has a direction by its hash
     image       unit(embedding + .3 n / sqrt d), n ~ N(0, 1)^d
     taste       of type k: the unit sum of the two styles that it likes; of a person: unit(taste_k + deviation n / sqrt d)
-    utility     of a column: mean over its images of .22 cos(start, I) + .4 taste.I + .72 g.I, + novelty x charm
-    charm       in that turn alone: 1 for a subject of other kin, .1 for one of the same, .8 for a wild twist. What it costs, details, style and
-                closeness to the start, stays: the quick win is a trap, and nobody who looks one turn ahead can see it
+    utility     of a column: mean over its images of .2 cos(start, I) + .68 taste.I + .8 g.I, + novelty x charm
+    charm       what is unlike the prompt before pleases, in that turn alone: 0 up to a distance 1 - cos(base, I) of .2 (a detail), 1 from .55 on (a
+                subject of other kin). What it costs, details, style and closeness to the start, stays: the quick win is a trap, and nobody who looks
+                one turn ahead can see it
     choice      softmax over columns of tau utility (1 - fatigue t) + a habit for some position; with probability lapse, any column
     compare     of two picks in a row: better, worse, or same where they are within `same` of each other, with noise on the difference
 
@@ -36,7 +37,7 @@ SUBJECTS = ("fox", "owl", "whale", "castle", "temple", "lighthouse", "harbor", "
 STYLES = ("watercolor", "cubist", "noir", "baroque", "pixel", "woodcut", "pastel", "neon")
 DETAILS = ("lanterns", "mist", "ivy", "feathers", "snow", "ribbons", "mosaic", "embers", "shells", "mirrors", "petals", "lace", "gears", "rain", "stars")
 TWISTS = ("miniature", "knitted", "transparent", "floating", "melting", "burning", "inverted", "shattered")                              # mild, then wild
-KIN, MILD = {w: i // 3 for i, w in enumerate(SUBJECTS)}, TWISTS[:4]
+MILD = TWISTS[:4]
 END = ("horizon", "quit", "truncated")
 COMPARE = {"better": 1, "same": 0, "worse": -1, None: 2}
 
@@ -75,7 +76,7 @@ KINDS = {word: kind for kind, words in (("opening", OPENINGS), ("subject", SUBJE
          for word in words}
 
 
-@functools.lru_cache(maxsize=1 << 17)                                         # every text of a turn is read for its vector and for its charm
+@functools.lru_cache(maxsize=1 << 17)                                         # a turn reads every text, and many come again
 def parse(text):
     """-> Prompt of the words of the world in a text, the last of a kind where it has several, the last three details; "" where it has none."""
     found = {"opening": OPENINGS[0], "subject": "", "style": "", "twist": ""}
@@ -126,7 +127,7 @@ class People(NamedTuple):
 
 class World:
     """Vectors of all words and types of people, from one seed. Its utilities are what an evaluation in it reads, and nobody else."""
-    WEIGHTS = (.22, .4, .72)                                                # of closeness, taste and finish
+    WEIGHTS = (.2, .68, .8)                                                # of closeness, taste and finish
 
     def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=15.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
         for name, x, low, high in (("novelty", novelty, 0, 10), ("deviation", deviation, 0, 10), ("lapse", lapse, 0, 1), ("tau", tau, 0, 1000),
@@ -165,11 +166,11 @@ class World:
         noise = stream(seed, "people", "taste").normal(size=(n, self.width)) / self.width ** .5
         return People(kind, unit(self.tastes[kind] + self.deviation * noise), stream(seed, "people", "habit").integers(0, 64, n))
 
-    def utilities(self, people, start, base_texts, texts, images):
-        """start (n, d), base_texts [n], texts [n][L], images (n, L, M, d) -> (n, L) float64: what each person gets of each column."""
+    def utilities(self, people, start, base, images):
+        """start, base (n, d), images (n, L, M, d) -> (n, L) float64: what each person gets of each column."""
         close, taste, finish = self.WEIGHTS
         wish = close * start + taste * people.taste + finish * self.finish
-        return np.einsum("nd,nlmd->nlm", wish, images).mean(2) + self.novelty * charm(base_texts, texts)
+        return np.einsum("nd,nlmd->nlm", wish, images).mean(2) + self.novelty * charm(base, images)
 
     def probabilities(self, people, utilities, turn):
         """(n, L) utilities -> (n, L) probabilities of the picks."""
@@ -183,16 +184,10 @@ class World:
         return np.where(np.abs(gain) < self.same, 0, np.sign(gain)).astype(np.int64)
 
 
-def charm(base_texts, texts):
-    """-> (n, L): 1 for a subject of other kin than the base's, .1 for another of the same kin, .8 for a wild twist that is new, else 0."""
-    out = np.zeros((len(texts), len(texts[0])))
-    for i, (base, columns) in enumerate(zip(map(parse, base_texts), texts)):
-        for j, p in enumerate(map(parse, columns)):
-            if p.subject != base.subject:
-                out[i, j] = .1 if KIN.get(p.subject) == KIN.get(base.subject) else 1.0
-            elif p.twist != base.twist and p.twist and p.twist not in MILD:
-                out[i, j] = .8
-    return out
+def charm(base, images):
+    """base (n, d), images (n, L, M, d) -> (n, L) in [0, 1]: what is new to the eye, from 0 at a distance 1 - cos of .2 to 1 at .55, mean over the images."""
+    distance = 1 - np.einsum("nd,nlmd->nlm", base, images)
+    return np.clip((distance - .2) / .35, 0, 1).mean(2)
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import slate
-from data.slate import CATEGORIES, DETAILS, KIN, MILD, OPENINGS, STYLES, SUBJECTS, TWISTS, People, SmallWorld, World, charm, parse, softmax, start_prompts, unit
+from data.slate import CATEGORIES, DETAILS, MILD, OPENINGS, STYLES, SUBJECTS, TWISTS, People, SmallWorld, World, charm, parse, softmax, start_prompts, unit
 
 # -----------------------------------------------------------------------------
 # The small world
@@ -64,7 +64,6 @@ def test_prompts_are_read_and_written():
     assert parse("owl mist ivy snow rain").details == ("ivy", "snow", "rain")          # the last three
     assert parse("fox or owl").subject == "owl" and parse("a cat") == ("picture", "", "", (), "")
     assert len({*OPENINGS, *SUBJECTS, *STYLES, *DETAILS, *TWISTS}) == sum(map(len, (OPENINGS, SUBJECTS, STYLES, DETAILS, TWISTS)))     # no word of two kinds
-    assert KIN["fox"] == KIN["whale"] != KIN["castle"]
 
 
 def test_embeddings_are_a_function_of_the_words():
@@ -88,7 +87,7 @@ def test_lengths_and_kinship_of_the_words():
     assert np.allclose([w.table[w.row[d]] @ w.finish for d in DETAILS], .5 * .9 / math.hypot(.9, .44))
     assert not w.table[1:1 + len(SUBJECTS) + len(STYLES), 0].any()            # neither subject nor style looks finished
     cos = unit(w.table[1:13]) @ unit(w.table[1:13]).T
-    kin = np.equal.outer(list(KIN.values()), list(KIN.values()))
+    kin = np.equal.outer(np.arange(12) // 3, np.arange(12) // 3)
     assert cos[kin & ~np.eye(12, dtype=bool)].mean() > cos[~kin].mean() + .4
 
 
@@ -119,21 +118,27 @@ def test_people_are_common_random_numbers():
 
 
 def test_charm():
-    base = ["painting of a fox, noir, mist"]
-    columns = [["study of a fox, noir, mist", "painting of an owl", "painting of a castle", "painting of a fox, noir, melting", "painting of a fox, noir, knitted",
-                "painting of a robot, burning"]]
-    assert charm(base, columns).tolist() == [[0, .1, 1, .8, 0, 1]]
-    assert charm(["a fox, melting"], [["fox, melting", "fox, burning", "fox"]]).tolist() == [[0, .8, 0]]
+    """Distances 1 - cos of 0, .2, .375, .55 and 1 are worth 0, 0, .5, 1, 1; images of a column count by their mean."""
+    at = lambda d: [1 - d, (1 - (1 - d) ** 2) ** .5]
+    images = np.array([[[at(0), at(0)], [at(.2), at(.2)], [at(.375), at(.375)], [at(.55), at(1)], [at(0), at(1)]]])
+    assert charm(np.array([[1.0, 0]]), images) == pytest.approx(np.array([[0, 0, .5, 1, .5]]), abs=1e-12)
+    # what the words do: a detail is nothing new, another subject of the same kin less than one of another
+    w = World(0)
+    base = w.embed(["painting of a fox, noir, mist"])
+    e = w.embed(["study of a fox, noir, mist", "painting of a fox, noir, mist, ivy", "painting of an owl", "painting of a castle"])
+    same, detail, kin, far = charm(base, e[None, :, None])[0]
+    assert same == 0 and detail < .1 < kin < far and far > .9
 
 
 def test_utility_by_hand():
-    """Images along the axes show the weights .72 of finish, .4 of taste, .22 of closeness to the start; two images count by their mean."""
+    """Images along the axes show the weights .8 of finish, .68 of taste, .2 of closeness to the start; two images count by their mean. All but those of the
+    base are at a distance of 1 or more from it, so new to the full."""
     w = World(0, novelty=.4)
     e = np.eye(16)
     person = People(np.zeros(1, int), e[1:2], np.zeros(1, int))
     images = np.array([[[e[0], e[1]], [e[2], e[2]], [e[3], -e[1]]]])
-    found = w.utilities(person, e[2:3], ["view of a fox"], [["view of a fox, mist", "view of a robot", "view of an owl"]], images)
-    assert found == pytest.approx(np.array([[.56, .22 + .4, -.2 + .04]]), abs=1e-12)
+    found = w.utilities(person, e[2:3], e[2:3], images)
+    assert found == pytest.approx(np.array([[.74 + .4, .2, -.34 + .4]]), abs=1e-12)
 
 
 def test_probabilities():

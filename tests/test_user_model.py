@@ -76,7 +76,8 @@ def plain_score(model, k, start, base, image):
     a, b = A @ start, A @ image
     taste = model.taste[k].detach().numpy()
     c = 2 * math.tanh(model.change[k].item()) if model.config.change else 0.0
-    return a @ b / np.linalg.norm(a) / np.linalg.norm(b) + taste @ image / np.linalg.norm(taste) + c * (1 - base @ image)
+    close = 2 / (1 + math.exp(-model.closeness[k].item())) if model.config.closeness else 1.0
+    return close * (a @ b) / np.linalg.norm(a) / np.linalg.norm(b) + taste @ image / np.linalg.norm(taste) + c * (1 - base @ image)
 
 
 def plain_utility(model, k, start, base, column):
@@ -160,7 +161,7 @@ def test_one_type_is_plain_cross_entropy_and_bradley_terry():
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert (found[name] - p.grad).abs().max() < 1e-11, name
-    assert set(found) == {"down", "up", "taste", "change", "log_tau", "rating"}
+    assert set(found) == {"down", "up", "taste", "change", "closeness", "log_tau", "rating"}
 
 
 def test_the_unnamed_score_equals_the_made_one_in_float32():
@@ -215,7 +216,7 @@ def test_500_observations_do_not_underflow():
 
 def test_permuted_types_change_only_names():
     model, data, order = model_of(K=4), world(), [2, 0, 3, 1]
-    other = copies(model, **{name: getattr(model, name)[order] for name in ("down", "up", "taste", "change", "log_prior")})
+    other = copies(model, **{name: getattr(model, name)[order] for name in ("down", "up", "taste", "change", "closeness", "log_prior")})
     (a, user), (b, _) = um.all_likelihoods(model, data), um.all_likelihoods(other, data)
     assert torch.allclose(a[:, order], b, atol=1e-13)
     assert torch.allclose(um.posterior(model, a, user, 5)[:, order], um.posterior(other, b, user, 5), atol=1e-13)
