@@ -4,13 +4,13 @@ A person wants a picture and refines a prompt over turns: the agent shows a slat
 prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves open is decided here, in a world that needs no download:
 
     prompt      a subject, perhaps a style, up to 3 details, perhaps a twist: "painting of a fox, watercolor, lanterns, mist, melting"
-    embedding   unit(1.2 subject + .8 style + .5 sum of details + twist), d = 16; details share an axis g, so that finish is visible; subjects are
-                kin in threes; half of the twists are wild (norm 1), half mild (.3). A text without a word of the world has a direction by its hash
+    embedding   unit(1.2 subject + .6 style + .5 sum of details + twist), d = 16; details share an axis g, so that finish is visible; subjects are
+                kin in threes; half of the twists are wild (norm 1.3), half mild (.3). A text without a word of the world has a direction by its hash
     image       unit(embedding + .3 n / sqrt d), n ~ N(0, 1)^d
     taste       of type k: the unit sum of the two styles that it likes; of a person: unit(taste_k + deviation n / sqrt d)
-    utility     of a column: mean over its images of .2 cos(start, I) + .68 taste.I + .8 g.I, + novelty x charm
-    charm       what is unlike the prompt before pleases, in that turn alone: 0 up to a distance 1 - cos(base, I) of .2 (a detail), 1 from .55 on (a
-                subject of other kin). What it costs, details, style and closeness to the start, stays: the quick win is a trap, and nobody who looks
+    utility     of a column: mean over its images of .2 cos(start, I) + .62 taste.I + .8 g.I, + novelty x charm
+    charm       what is unlike the prompt before pleases, in that turn alone: 0 up to a distance 1 - cos(base, I) of .25 (details, most styles), 1 from
+                .5 on (a subject of other kin). What it costs, details, style and closeness to the start, stays: the quick win is a trap, and nobody who looks
                 one turn ahead can see it
     choice      softmax over columns of tau utility (1 - fatigue t) + a habit for some position; with probability lapse, any column
     compare     of two picks in a row: better, worse, or same where they are within `same` of each other, with noise on the difference
@@ -127,9 +127,9 @@ class People(NamedTuple):
 
 class World:
     """Vectors of all words and types of people, from one seed. Its utilities are what an evaluation in it reads, and nobody else."""
-    WEIGHTS = (.2, .68, .8)                                                # of closeness, taste and finish
+    WEIGHTS = (.2, .62, .8)                                                # of closeness, taste and finish
 
-    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=15.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
+    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=18.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
         for name, x, low, high in (("novelty", novelty, 0, 10), ("deviation", deviation, 0, 10), ("lapse", lapse, 0, 1), ("tau", tau, 0, 1000),
                                    ("fatigue", fatigue, 0, .2), ("position", position, 0, 10), ("same", same, 0, 10)):
             if not low <= x <= high:
@@ -143,8 +143,8 @@ class World:
         draw = lambda n: np.pad(unit(rng.normal(size=(n, width - 1))), ((0, 0), (1, 0)))
         kin, own, styles, details, twists = draw(len(SUBJECTS) // 3), draw(len(SUBJECTS)), draw(len(STYLES)), draw(len(DETAILS)), draw(len(TWISTS))
         subjects = unit(.75 ** .5 * np.repeat(kin, 3, 0) + .25 ** .5 * own)
-        strength = np.where(np.isin(TWISTS, MILD), .3, 1.0)[:, None]
-        self.table = np.concatenate([np.zeros((1, width)), 1.2 * subjects, .8 * styles, .5 * unit(.9 * self.finish + .44 * details), strength * twists])
+        strength = np.where(np.isin(TWISTS, MILD), .3, 1.3)[:, None]
+        self.table = np.concatenate([np.zeros((1, width)), 1.2 * subjects, .6 * styles, .5 * unit(.9 * self.finish + .44 * details), strength * twists])
         self.row = {word: i for i, word in enumerate((*SUBJECTS, *STYLES, *DETAILS, *TWISTS), 1)}
         order = np.concatenate([rng.permutation(len(STYLES)) for _ in range(-(-2 * num_types // len(STYLES)))])
         self.tastes = unit(styles[order[:2 * num_types].reshape(num_types, 2)].sum(1))                 # (K, d)
@@ -185,9 +185,9 @@ class World:
 
 
 def charm(base, images):
-    """base (n, d), images (n, L, M, d) -> (n, L) in [0, 1]: what is new to the eye, from 0 at a distance 1 - cos of .2 to 1 at .55, mean over the images."""
+    """base (n, d), images (n, L, M, d) -> (n, L) in [0, 1]: what is new to the eye, from 0 at a distance 1 - cos of .25 to 1 at .5, mean over the images."""
     distance = 1 - np.einsum("nd,nlmd->nlm", base, images)
-    return np.clip((distance - .2) / .35, 0, 1).mean(2)
+    return np.clip((distance - .25) / .25, 0, 1).mean(2)
 
 
 # -----------------------------------------------------------------------------

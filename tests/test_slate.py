@@ -82,8 +82,8 @@ def test_embeddings_are_a_function_of_the_words():
 def test_lengths_and_kinship_of_the_words():
     w = World(0)
     norm = lambda words: [np.linalg.norm(w.table[w.row[x]]) for x in words]
-    assert np.allclose(norm(STYLES), .8) and np.allclose(norm(DETAILS), .5)
-    assert np.allclose(norm(MILD), .3) and np.allclose(norm(TWISTS[4:]), 1) and w.table[0].sum() == 0
+    assert np.allclose(norm(STYLES), .6) and np.allclose(norm(DETAILS), .5)
+    assert np.allclose(norm(MILD), .3) and np.allclose(norm(TWISTS[4:]), 1.3) and w.table[0].sum() == 0
     assert np.allclose([w.table[w.row[d]] @ w.finish for d in DETAILS], .5 * .9 / math.hypot(.9, .44))
     assert not w.table[1:1 + len(SUBJECTS) + len(STYLES), 0].any()            # neither subject nor style looks finished
     cos = unit(w.table[1:13]) @ unit(w.table[1:13]).T
@@ -118,27 +118,27 @@ def test_people_are_common_random_numbers():
 
 
 def test_charm():
-    """Distances 1 - cos of 0, .2, .375, .55 and 1 are worth 0, 0, .5, 1, 1; images of a column count by their mean."""
+    """Distances 1 - cos of 0, .25, .375, .5 and 1 are worth 0, 0, .5, 1, 1; images of a column count by their mean."""
     at = lambda d: [1 - d, (1 - (1 - d) ** 2) ** .5]
-    images = np.array([[[at(0), at(0)], [at(.2), at(.2)], [at(.375), at(.375)], [at(.55), at(1)], [at(0), at(1)]]])
+    images = np.array([[[at(0), at(0)], [at(.25), at(.25)], [at(.375), at(.375)], [at(.5), at(1)], [at(0), at(1)]]])
     assert charm(np.array([[1.0, 0]]), images) == pytest.approx(np.array([[0, 0, .5, 1, .5]]), abs=1e-12)
     # what the words do: a detail is nothing new, another subject of the same kin less than one of another
     w = World(0)
     base = w.embed(["painting of a fox, noir, mist"])
     e = w.embed(["study of a fox, noir, mist", "painting of a fox, noir, mist, ivy", "painting of an owl", "painting of a castle"])
     same, detail, kin, far = charm(base, e[None, :, None])[0]
-    assert same == 0 and detail < .1 < kin < far and far > .9
+    assert same == 0 == detail and kin < far and far > .9
 
 
 def test_utility_by_hand():
-    """Images along the axes show the weights .8 of finish, .68 of taste, .2 of closeness to the start; two images count by their mean. All but those of the
+    """Images along the axes show the weights .8 of finish, .62 of taste, .2 of closeness to the start; two images count by their mean. All but those of the
     base are at a distance of 1 or more from it, so new to the full."""
     w = World(0, novelty=.4)
     e = np.eye(16)
     person = People(np.zeros(1, int), e[1:2], np.zeros(1, int))
     images = np.array([[[e[0], e[1]], [e[2], e[2]], [e[3], -e[1]]]])
     found = w.utilities(person, e[2:3], e[2:3], images)
-    assert found == pytest.approx(np.array([[.74 + .4, .2, -.34 + .4]]), abs=1e-12)
+    assert found == pytest.approx(np.array([[.71 + .4, .2, -.31 + .4]]), abs=1e-12)
 
 
 def test_probabilities():
