@@ -70,7 +70,7 @@ class ModelCrowd:
         return found[torch.arange(len(found)), :, torch.from_numpy(self.kind)].double().numpy()
 
     def probabilities(self, utilities, turn):
-        return slate.softmax(float(self.model.tau("choice")) * utilities)
+        return slate.softmax(float(self.model.tau("choice").detach()) * utilities)
 
     def compared(self, gain, noise):
         p = torch.sigmoid(self.model.tau("compare").detach() * torch.from_numpy(gain))
@@ -400,7 +400,9 @@ def picture(found, history, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     crowds = list(dict.fromkeys(c for c, _ in found))
-    fig, axes = plt.subplots(1, len(crowds) + 1, figsize=(5.2 * (len(crowds) + 1), 4.2), squeeze=False)
+    labels = list(dict.fromkeys(r["stage"] for r in history))
+    followed = len(history) > len(labels)                                     # one point of each is no curve
+    fig, axes = plt.subplots(1, len(crowds) + followed, figsize=(5.2 * (len(crowds) + followed), 4.2), squeeze=False)
     for ax, crowd in zip(axes[0], crowds):
         for policy in (p for c, p in found if c == crowd):
             x = found[crowd, policy]
@@ -409,10 +411,11 @@ def picture(found, history, path):
             line, = ax.plot(turns, x.mean(0), "--" if policy.startswith("oracle") else "-", label=POLICIES.get(policy, policy), color=COLORS.get(policy))
             ax.fill_between(turns, x.mean(0) - half, x.mean(0) + half, alpha=.15, color=line.get_color(), lw=0)
         ax.set(title=f"Utility of the picks: {crowd}", xlabel="turn", ylabel="utility, 95 % over people", xticks=turns)
-    for label in dict.fromkeys(r["stage"] for r in history):
-        points = [(r["step"], r["eval/utility"]) for r in history if r["stage"] == label]
-        axes[0, -1].plot(*zip(*points), "o-", ms=3, label=label, color=COLORS.get(label))
-    axes[0, -1].set(title="While training: people of the simulator", xlabel="step", ylabel="utility per turn")
+    if followed:
+        for label in labels:
+            points = [(r["step"], r["eval/utility"]) for r in history if r["stage"] == label]
+            axes[0, -1].plot(*zip(*points), "o-", ms=3, label=label, color=COLORS.get(label))
+        axes[0, -1].set(title="While training: people of the simulator", xlabel="step", ylabel="utility per turn")
     save_figure(fig, list(axes[0]), path)
 
 
