@@ -590,8 +590,8 @@ def finish_slate(cfg, crowds, stages, evaluated, propose, deployment, state, dev
             results=results, best=state["best"], history=state["results"], seconds=state["seconds"], counts=propose.counts, config=asdict(cfg))) + "\n")
         sessions.picture(found, state["results"], logger.out_dir / "utility.png")
         logger.picture(len(stages) * cfg.num_steps, "utility", logger.out_dir / "utility.png")
-        name = names[0]
-        story = {policy: sessions.simulate(crowds.make(name, 8, seed), starts[:8], play, seed=seed, **settings_of(cfg, propose))
+        name, few = names[0], min(8, cfg.eval_people)
+        story = {policy: sessions.simulate(crowds.make(name, few, seed), starts[:few], play, seed=seed, **settings_of(cfg, propose))
                  for policy, play in (("base", sessions.base_policy), (stages[0].label, agent_policy(first, device)))}
         sessions.storyboard(story, logger.out_dir / "storyboard.png")
         print("\n".join(lines), flush=True)

@@ -636,3 +636,27 @@ def test_command_line(tmp_path, folder, capsys):
     assert e.ids == [*files, "t1"] and summary["num_texts"] == 1 and summary["model"] == e.model and summary["width"] == 24 and e.emb.dtype == np.float16
     with pytest.raises(ValueError, match="expected --clip, --out, --images or --texts"):
         clip.main(clip.Config(out="b.npz"))
+
+
+# -----------------------------------------------------------------------------
+# Whole runs on CLIP's embeddings: people whose types are fitted to them, and an agent of slates
+
+
+def test_an_agent_in_a_user_model_of_clip(folder, loaded, tmp_path, monkeypatch):
+    import checkpoint
+    import train_iql
+    from user_model import Origin, UserModel, UserModelConfig
+    monkeypatch.chdir(tmp_path)
+    model, _ = loaded
+    people = UserModel(UserModelConfig(num_types=2, width=24)).init_weights(0)
+    (tmp_path / "users").mkdir()
+    checkpoint.save_hf(people, Origin(model.name, "all", "made up"), tmp_path / "users" / "clip")
+    checkpoint.save_hf(people, Origin("another encoder", "all", "made up"), tmp_path / "users" / "other")
+    settings = dict(method="iql", num_steps=2, sim_sessions=30, hidden_size=16, num_layers=1, eval_people=6, val_people=4, eval_every=0, log_every=1)
+    run = lambda simulator, evaluate: train_iql.main(train_iql.Config(simulator=simulator, evaluate=evaluate, embeddings=f"clip:{folder}", overwrite=True, **settings))
+    found = run("users/clip", "users/clip")
+    assert {"clip iql", "clip random"} <= found.keys() and np.isfinite(found["clip iql"]["mean"])
+    with pytest.raises(ValueError, match="fitted to embeddings of another encoder"):
+        run("users/other", "users/clip")
+    with pytest.raises(ValueError, match="the hidden world has embeddings of its own"):
+        run("users/clip", "world")
