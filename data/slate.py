@@ -7,8 +7,8 @@ prompt is the next turn's base (PASTA, arXiv 2412.10419). What the paper leaves 
     embedding   unit(1.2 subject + .6 style + .5 sum of details + twist), d = 16; details share an axis g, so that finish is visible; subjects are
                 kin in threes; half of the twists are wild (norm 1.3), half mild (.3). A text without a word of the world has a direction by its hash
     image       unit(embedding + .3 n / sqrt d), n ~ N(0, 1)^d
-    taste       of type k: the unit sum of the two styles that it likes; of a person: unit(taste_k + deviation n / sqrt d)
-    utility     of a column: mean over its images of .2 cos(start, I) + .62 taste.I + .8 g.I, + novelty x charm
+    taste       of type k: the unit sum of the two styles that it likes, which stand at right angles; of a person: unit(taste_k + deviation n / sqrt d)
+    utility     of a column: mean over its images of .17 cos(start, I) + .57 taste.I + .73 g.I, + novelty x charm
     charm       what is unlike the prompt before pleases, in that turn alone: 0 up to a distance 1 - cos(base, I) of .25 (details, most styles), 1 from
                 .5 on (a subject of other kin). What it costs, details, style and closeness to the start, stays: the quick win is a trap, and nobody who looks
                 one turn ahead can see it
@@ -127,9 +127,9 @@ class People(NamedTuple):
 
 class World:
     """Vectors of all words and types of people, from one seed. Its utilities are what an evaluation in it reads, and nobody else."""
-    WEIGHTS = (.2, .62, .8)                                                # of closeness, taste and finish
+    WEIGHTS = (.17, .57, .73)                                                # of closeness, taste and finish
 
-    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=18.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
+    def __init__(self, seed=0, *, num_types=4, novelty=.4, deviation=.2, lapse=.02, tau=24.0, fatigue=.03, position=.3, same=.03, width=WIDTH):
         for name, x, low, high in (("novelty", novelty, 0, 10), ("deviation", deviation, 0, 10), ("lapse", lapse, 0, 1), ("tau", tau, 0, 1000),
                                    ("fatigue", fatigue, 0, .2), ("position", position, 0, 10), ("same", same, 0, 10)):
             if not low <= x <= high:
@@ -141,7 +141,10 @@ class World:
         rng = stream(seed, "world")
         self.finish = np.eye(width)[0]                                       # apart from everything else, or details would look like some style
         draw = lambda n: np.pad(unit(rng.normal(size=(n, width - 1))), ((0, 0), (1, 0)))
-        kin, own, styles, details, twists = draw(len(SUBJECTS) // 3), draw(len(SUBJECTS)), draw(len(STYLES)), draw(len(DETAILS)), draw(len(TWISTS))
+        kin, own, details, twists = draw(len(SUBJECTS) // 3), draw(len(SUBJECTS)), draw(len(DETAILS)), draw(len(TWISTS))
+        styles = draw(width - 1)
+        styles[:, 1:] = np.linalg.qr(styles[:, 1:])[0]                       # at right angles, so that types have nothing in common
+        styles = styles[np.arange(len(STYLES)) % (width - 1)]
         subjects = unit(.75 ** .5 * np.repeat(kin, 3, 0) + .25 ** .5 * own)
         strength = np.where(np.isin(TWISTS, MILD), .3, 1.3)[:, None]
         self.table = np.concatenate([np.zeros((1, width)), 1.2 * subjects, .6 * styles, .5 * unit(.9 * self.finish + .44 * details), strength * twists])
