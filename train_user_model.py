@@ -65,6 +65,7 @@ class Config:
     num_sessions: int = 4            # world: sessions of each user (ours)
     half: Literal["all", "a", "b"] = "all"              # fit and select on one half of the users, by a hash: a and b share nobody; test users are the same
     # EM
+    start: Literal["users", "random"] = "users"         # tastes start at clusters of what users are drawn to, or in directions of chance (ours)
     restarts: int = 4                # starts of each num_types (ours)
     prior_count: float = 1.0         # users that each type is given in pi beforehand (ours)
     tau_init: float = 5.0            # tau at the start: inverse temperature of choices, pairs and comparisons (ours)
@@ -284,6 +285,8 @@ def train(cfg):
             ratings = parts[FIT].ratings.rating
             model = UserModel(config).to(dtype).init_weights(random_key(cfg.seed, "start", K, start), cfg.tau_init, cfg.rating_sigma,
                                                              float(ratings.mean()) if len(ratings) else 0.0).to(device)
+            if cfg.start == "users" and K > 1:
+                user_model.spread(model, parts[FIT], random_key(cfg.seed, "clusters", K, start))
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=(0.9, 0.98))
         first_step = 0

@@ -382,17 +382,38 @@ def entropy(g):
 # Types that die
 
 
-def pull(data):
-    """(D,): where these users are drawn, the mean of what they took less the mean of what they left."""
+def pulls(data):
+    """(U, D) float64: where each user is drawn, the sum over its observations of what it took less the mean of what it was offered."""
     o, p, r = data[:3]
-    total = torch.zeros(p.prompt.shape[1], dtype=torch.float64, device=p.prompt.device)
+    total = torch.zeros(data.num_users, p.prompt.shape[1], dtype=torch.float64, device=p.prompt.device)
     if len(o.user):
         columns = o.images.double().mean(2)
-        total += (columns[torch.arange(len(o.user), device=o.user.device), o.choice] - columns.mean(1)).sum(0)
-    total += ((p.weight * (p.label - 0.5))[:, None] * (p.image_a - p.image_b)).double().sum(0)
+        total.index_add_(0, o.user, columns[torch.arange(len(o.user), device=o.user.device), o.choice] - columns.mean(1))
+    total.index_add_(0, p.user, ((p.weight * (p.label - 0.5))[:, None] * (p.image_a - p.image_b)).double())
     if len(r.user):
-        total += ((r.rating - r.rating.mean())[:, None] * r.image).double().sum(0)
+        total.index_add_(0, r.user, ((r.rating - r.rating.mean())[:, None] * r.image).double())
     return total
+
+
+@torch.no_grad()
+def spread(model, data, seed, num_iterations=20):
+    """Tastes at the start where users are drawn: means of K clusters of their pulls, by k-means from distant users (k-means++). Types that start in
+    directions of chance often end two for one, and none for another."""
+    K, generator = model.config.num_types, torch.Generator().manual_seed(seed)
+    raw = pulls(data).cpu()
+    x = raw - raw.mean(0)                                                     # what all have in common tells nobody apart
+    centres = x[torch.randint(len(x), (1,), generator=generator)]
+    while len(centres) < K:
+        far = torch.cdist(x, centres).amin(1).square()
+        centres = torch.cat([centres, x[torch.multinomial(far / far.sum(), 1, generator=generator)] if far.sum() > 0 else x[:1]])
+    for _ in range(num_iterations):
+        nearest = torch.cdist(x, centres).argmin(1)
+        counts = torch.bincount(nearest, minlength=K)
+        means = torch.zeros_like(centres).index_add_(0, nearest, x) / counts.clamp(min=1)[:, None]
+        centres = torch.where(counts[:, None] > 0, means, centres)
+    for k, centre in enumerate(centres + raw.mean(0)):
+        if centre.norm() > 0:
+            model.init_type(k, generator, centre)
 
 
 @torch.no_grad()
@@ -403,7 +424,7 @@ def reseed(model, k, data, fit, seed):
     """
     K = model.config.num_types
     worst = fit.argsort(stable=True)[:max(1, len(fit) // K)].sort().values
-    direction = pull(select(data, worst.cpu()))
+    direction = pulls(select(data, worst.cpu())).sum(0)
     generator = torch.Generator().manual_seed(seed)
     model.init_type(k, generator, direction if direction.norm() > 0 else None)
     prior = model.log_prior.double().softmax(0)

@@ -399,7 +399,7 @@ def test_a_reseeded_type_begins_at_the_users_explained_worst():
     fit = torch.from_numpy(np.where(types == 0, -1.0, -2.0) - np.arange(40) * 1e-6)
     um.reseed(model, 1, data, fit, seed=3)
     worst = um.select(data, np.flatnonzero(types == 1))
-    assert F.cosine_similarity(model.taste[1].double(), um.pull(worst), dim=0) > 0.9
+    assert F.cosine_similarity(model.taste[1].double(), um.pulls(worst).sum(0), dim=0) > 0.9
     assert model.log_prior.exp().tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
     for name in ("down", "up", "taste"):
         assert torch.equal(getattr(model, name)[0], before[name][0]) and not torch.equal(getattr(model, name)[1], before[name][1])
@@ -410,8 +410,8 @@ def test_pull_by_hand():
     x, y = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     i = np.zeros(1, np.int64)
     obs = Observations(i, x[None], x[None], np.stack([x, y])[None, :, None], i + 1, i - 1, i + 2, i, i)
-    assert um.pull(um.evidence(1, obs)).tolist() == [-0.5, 0.5]
-    assert um.pull(um.evidence(1, pairs=Pairs(i, x[None], x[None], y[None], np.zeros(1), np.full(1, 0.5)))).tolist() == [-0.25, 0.25]
+    assert um.pulls(um.evidence(1, obs))[0].tolist() == [-0.5, 0.5]
+    assert um.pulls(um.evidence(1, pairs=Pairs(i, x[None], x[None], y[None], np.zeros(1), np.full(1, 0.5))))[0].tolist() == [-0.25, 0.25]
 
 
 def test_tau_is_bounded_and_says_so():
@@ -541,3 +541,20 @@ def test_sessions_of_unequal_length_and_slates_of_another_size():
 def test_bad_configs_are_refused(changes):
     with pytest.raises(ValueError, match="expected num_types"):
         replace(UserModelConfig(2, 4), **changes)
+
+
+def test_types_start_where_users_are_drawn():
+    """Clusters of what users take: with three types of taste, each start is nearest to another true one; the seed decides, and one type alone is fine."""
+    obs, types = observations(1, 90, 20, num_types=3, width=12)
+    data = um.evidence(90, obs)
+    model = UserModel(UserModelConfig(3, 12)).init_weights(0)
+    um.spread(model, data, 0)
+    drawn = um.pulls(data)
+    means = torch.stack([drawn[torch.from_numpy(types == k)].mean(0) for k in range(3)])
+    common = means - means.mean(0)
+    near = (F.normalize(model.taste.double() - F.normalize(means.mean(0), dim=0), dim=1) @ F.normalize(common, dim=1).T).argmax(1)
+    assert sorted(near.tolist()) == [0, 1, 2] and (model.taste.norm(dim=1) - 1).abs().max() < 1e-5
+    again = UserModel(UserModelConfig(3, 12)).init_weights(0)
+    um.spread(again, data, 0)
+    assert torch.equal(model.taste, again.taste)
+    um.spread(UserModel(UserModelConfig(1, 12)).init_weights(0), data, 0)
