@@ -25,7 +25,20 @@ def runs(root, name):
     return found
 
 
+def users(root):
+    """How well types were found, and picks foretold, on users who were held out: a row for A and one for B."""
+    rows = []
+    for name in ("A", "B"):
+        of = [json.loads(path.read_text())["test"].values() for path in sorted(root.glob(f"{name}_*/results.json"))]
+        of = [test for (test,) in of]
+        if of:
+            foretold = [cell([x[by][what] for x in of]) for what in ("choice_accuracy", "compare_accuracy") for by in ("prior", "filtered")]
+            rows.append([name, str(len(of)), cell([x["ari"] for x in of]), cell([x["accuracy"] for x in of]), *foretold])
+    print(markdown(["user model", "seeds", "adjusted Rand", "matched", "picks, prior", "picks, filtered", "comparisons, prior", "comparisons, filtered"], rows))
+
+
 def main(root):
+    users(root)
     agents = runs(root, "agents")
     if not agents:
         sys.exit(f"{root}: no agents_<seed>/results.json yet")
@@ -35,10 +48,10 @@ def main(root):
             of = [r["crowds"][crowd][policy] for r in agents.values() if policy in r["crowds"].get(crowd, {})]
             if of:
                 gap = [x["gap"] for x in of if x["gap"] is not None]
-                column = lambda key, digits=3: cell([x[key] for x in of], digits)
-                rows.append([policy, column("mean"), column("last_turn"), cell(gap, 2) if gap else "-", column("wins", 2)])
+                means, last, wins = ([x[key] for x in of] for key in ("mean", "last_turn", "wins"))
+                rows.append([policy, cell(means), cell(last), cell([x["less_random"][0] for x in of]), cell(gap, 2) if gap else "-", cell(wins, 2)])
         print(f"**{label}**, {len(agents)} seeds\n")
-        print(markdown(["policy", "utility per turn", "turn 5", "share of the gap random to oracle_type, turn 5", "sessions above base"], rows))
+        print(markdown(["policy", "utility per turn", "turn 5", "turn 5 less random", "share of the gap random to oracle_type, turn 5", "sessions above base"], rows))
         for other in ("random", "bc", "myopic", "base", "oracle_greedy"):
             of = [(r["crowds"][crowd]["iql"], r["crowds"][crowd][other]) for r in agents.values() if other in r["crowds"].get(crowd, {})]
             print(f"IQL less {other}: turn 5 {cell([a['last_turn'] - b['last_turn'] for a, b in of])}, per turn {cell([a['mean'] - b['mean'] for a, b in of])}")
