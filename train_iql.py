@@ -641,7 +641,7 @@ def finish_slate(cfg, crowds, stages, evaluated, propose, deployment, state, dev
         sessions.picture(found, state["results"], logger.out_dir / "utility.png")
         logger.picture(len(stages) * cfg.num_steps, "utility", logger.out_dir / "utility.png")
         name = names[0]
-        story = {policy: sessions.simulate(crowds.make(name, 8, seed), starts[:8], play, seed=seed, **settings_of(cfg, propose))
+        story = {policy: sessions.simulate(crowds.make(name, len(starts[:8]), seed), starts[:8], play, seed=seed, **settings_of(cfg, propose))
                  for policy, play in (("base", sessions.base_policy), (stages[0].label, agent_policy(first, device)))}
         sessions.storyboard(story, logger.out_dir / "storyboard.png")
         print("\n".join(lines), flush=True)
