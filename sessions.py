@@ -83,8 +83,8 @@ class ModelCrowd:
 
 
 class SmallCrowd:
-    """n people of data.slate.SmallWorld, all alike. A text says its move and its state, in words that a bag of them keeps apart ("detail style1 details2 off0"),
-    and nothing but the text counts: a policy that is greedy in such a crowd can be held against exact values."""
+    """n people of data.slate.SmallWorld, all alike, of whom every policy has an exact value. A text says its move and the state that it leads to, in words
+    that a bag of them keeps apart ("detail style1 details2 off0"), and nothing else counts."""
     name, num_kinds, prior = "small", 1, np.ones(1)
 
     def __init__(self, world, n):

@@ -74,7 +74,8 @@ class Config:
     data: str = ""                   # slate: session files with weights, as real.jsonl:1,simulated:1; simulated, or empty: with --simulator;
                                      # offline: cartpole | walks | sepsis | icu_sepsis | FILE.npz, .hdf5, .csv (data/README.md); empty: cartpole
     embeddings: str = ""             # .npz files of --data's prompts and images, where a user model says the rewards; clip:FOLDER embeds texts by CLIP
-    simulator: str = "world"         # world, the folder of a user model, or small (36 states, exact answers): with whom sessions are simulated, rewards labelled, and steps selected (A)
+    simulator: str = "world"         # world, the folder of a user model, or small (36 states, exact values): with whom sessions are
+                                     # simulated, rewards labelled, and steps selected (A)
     evaluate: str = "world"          # crowds of the evaluation, comma-separated: world (W), folders of user models (B); none: --simulator
     world_seed: int = -1             # of the hidden world's words and types; auto: --seed
     world_types: int = 4             # types in it (ours)
@@ -541,7 +542,8 @@ def train_slate(cfg):
                                            **settings_of(cfg, propose)).picked
                 agent.train()
                 # rank 0 speaks for all: a server may have answered others differently, and all must agree on what is the best step
-                score, last_turn = all_reduce_sum(torch.tensor([picked.mean(), picked[:, -1].mean()], dtype=torch.float64, device=device) * (rank == 0)).tolist()
+                means = torch.tensor([picked.mean(), picked[:, -1].mean()], dtype=torch.float64, device=device)
+                score, last_turn = all_reduce_sum(means * (rank == 0)).tolist()
                 found |= {"eval/utility": score, "eval/last_turn": last_turn}
                 state["results"].append(dict(stage=stage.label, step=step, **found))
                 if score > state["best"].get(stage.label, dict(score=-np.inf))["score"]:
