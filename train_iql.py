@@ -492,7 +492,8 @@ def train_slate(cfg):
         train_rows, val_rows = np.flatnonzero(~is_val), np.flatnonzero(is_val)
         # an oracle is told types, which are the labels of its sessions; others never see them
         num_kinds = crowds.make(stage.crowd, 1, 0).num_kinds if stage.crowd else 0
-        c = replace(config, num_kinds=num_kinds, choice_head=config.choice_head and stage.method != "bc")
+        # a clone has one head: of two, their mean would be trained and the smaller one played
+        c = replace(config, num_kinds=num_kinds, **dict(choice_head=False, num_q=1) if stage.method == "bc" else {})
         scale = float(rewards[~is_val[log.session]].std()) if cfg.reward_scale == "std" else 1.0
         scale = scale if scale > 1e-8 else 1.0
         gamma = 0.0 if stage.method == "myopic" else cfg.gamma
