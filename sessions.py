@@ -82,6 +82,47 @@ class ModelCrowd:
         return [STYLES[i] for i in (taste @ self.embed(list(STYLES)).T).argmax(1)]
 
 
+class SmallCrowd:
+    """n people of data.slate.SmallWorld, all alike, of whom every policy has an exact value. A text says its move and the state that it leads to, in words
+    that a bag of them keeps apart ("detail style1 details2 off0"), and nothing else counts."""
+    name, num_kinds, prior = "small", 1, np.ones(1)
+
+    def __init__(self, world, n):
+        self.world, self.kind, self.persons = world, np.zeros(n, np.int64), np.arange(n)
+
+    def embed(self, texts):
+        return np.eye(len(self.world.STATES), dtype=np.float32)[[small_state(self.world, text) for text in texts]]
+
+    def utilities(self, start, base, base_texts, texts, images):
+        move = lambda text: CATEGORIES.index(text.split()[0])
+        return np.array([[self.world.utility[small_state(self.world, before), move(text)] for text in row] for before, row in zip(base_texts, texts)])
+
+    def probabilities(self, utilities, turn):
+        return slate.softmax(self.world.tau * utilities)
+
+    def compared(self, gain, noise):
+        return np.sign(gain).astype(np.int64)
+
+    def wish(self):
+        return ["style1"] * len(self.kind)
+
+
+class SmallGenerator:
+    """One candidate of each category: the state that its move leads to."""
+    name, counts, start = "small", {}, "start style0 details0 off0"
+
+    def __init__(self, world):
+        self.world = world
+
+    def __call__(self, text, seed, row, turn):
+        reached = (self.world.STATES[s] for s in self.world.next[small_state(self.world, text)])
+        return [(category, "{} style{} details{} off{}".format(category, *state)) for category, state in zip(CATEGORIES, reached)]
+
+
+def small_state(world, text):
+    return world.index[tuple(int(word[-1]) for word in text.split()[1:])]
+
+
 # -----------------------------------------------------------------------------
 # Policies: (view, facts) -> (n, L) slates and a word for the log. facts: what a simulator knows and an agent does not
 

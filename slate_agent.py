@@ -397,7 +397,7 @@ def head_scores(agent, view, device="cpu", size=512):
     if isinstance(agent, TextSlateAgent):
         size = max(1, size // 32)                                             # a row of tokens for each candidate, not a vector
     words = torch.from_numpy(view.texts.words[:len(view.texts.texts)]).to(device)
-    found = []
+    found, trained_on = [], getattr(agent, "texts", None)
     for i in range(0, len(view.start), size):
         part = [torch.from_numpy(np.ascontiguousarray(x[i:i + size])) for x in
                 (view.start, view.shown, view.shown_category, view.picked, view.critique, view.candidates, view.categories, view.kind)]
@@ -406,6 +406,8 @@ def head_scores(agent, view, device="cpu", size=512):
         if isinstance(agent, TextSlateAgent):
             agent.texts = view.texts
         found.append(last_scores(agent, b, part[5].to(device), part[6].to(device)))
+    if isinstance(agent, TextSlateAgent):
+        agent.texts = trained_on                                              # rows of a training batch are of its own table
     return np.concatenate(found, 1)
 
 

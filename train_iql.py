@@ -74,8 +74,9 @@ class Config:
     data: str = ""                   # slate: session files with weights, as real.jsonl:1,simulated:1; simulated, or empty: with --simulator;
                                      # offline: cartpole | walks | sepsis | icu_sepsis | FILE.npz, .hdf5, .csv (data/README.md); empty: cartpole
     embeddings: str = ""             # .npz files of --data's prompts and images, where a user model says the rewards; clip:FOLDER embeds texts by CLIP
-    simulator: str = "world"         # world, or the folder of a user model: with whom sessions are simulated, rewards labelled, and steps selected (A)
-    evaluate: str = "world"          # crowds of the evaluation, comma-separated: world (W), folders of user models (B)
+    simulator: str = "world"         # world, the folder of a user model, or small (36 states, exact values): with whom sessions are
+                                     # simulated, rewards labelled, and steps selected (A)
+    evaluate: str = "world"          # crowds of the evaluation, comma-separated: world (W), folders of user models (B); none: --simulator
     world_seed: int = -1             # of the hidden world's words and types; auto: --seed
     world_types: int = 4             # types in it (ours)
     novelty: float = 0.4             # what a quick win pays in it, once; 0: nothing to be tempted by (ours)
@@ -253,10 +254,11 @@ def slate_stats(cfg, agent, target, s, scale, gamma):
     shown = torch.zeros_like(s.categories, dtype=torch.bool).scatter_(2, s.slate, True)
     unseen = ~shown & (s.categories >= 0) & s.valid[..., None]
     mean_f = f[heads].mean(0)
-    found = dict(below=float((q < v_now).double().mean()), bellman=float((own - y).square().double().mean()),
-                 unseen_less_shown=float(mean_f[unseen].mean() - mean_f[shown & s.valid[..., None]].mean()))
+    found = dict(below=float((q < v_now).double().mean()), bellman=float((own - y).square().double().mean()))
+    if unseen.any():                                                 # a slate may be all there is
+        found["unseen_less_shown"] = float(mean_f[unseen].mean() - mean_f[shown & s.valid[..., None]].mean())
     for name, x in (("q", q), ("v", v_now), ("u", q - v_now)):
-        values = torch.quantile(x.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        values = torch.quantile(x.double(), torch.tensor(QUANTILES, dtype=torch.float64, device=x.device)).tolist()
         found |= {f"{name}_p{round(100 * share):02d}": value for share, value in zip(QUANTILES, values)}
     return found
 
@@ -266,12 +268,19 @@ def slate_stats(cfg, agent, target, s, scale, gamma):
 
 
 class Crowds(NamedTuple):
-    """Who sessions are simulated and evaluated with. make(name, n, seed) -> a crowd."""
-    world: slate.World | None
+    """Who sessions are simulated and evaluated with. make(name, n, seed) -> a crowd, starts(n, seed) -> their prompts and which of them are specific."""
+    world: slate.World | slate.SmallWorld
     models: dict                # name -> UserModel
     embed: object               # texts -> (N, d)
 
+    def starts(self, n, seed):
+        if isinstance(self.world, slate.SmallWorld):
+            return [sessions.SmallGenerator.start] * n, np.zeros(n, bool)
+        return slate.start_prompts(n, seed)
+
     def make(self, name, n, seed):
+        if name == "small":
+            return sessions.SmallCrowd(self.world, n)
         if name == "world":
             return sessions.WorldCrowd(self.world, n, seed)
         return sessions.ModelCrowd(self.models[name], n, seed, self.embed, name=name)
@@ -280,6 +289,14 @@ class Crowds(NamedTuple):
 def open_crowds(cfg):
     """-> Crowds. ValueError: a user model of other embeddings than the ones at hand, the hidden world where texts are CLIP's."""
     names = list(dict.fromkeys([cfg.simulator, *(n for n in cfg.evaluate.split(",") if n and n != "none")]))
+    if len({crowd_name(name) for name in names}) < len(names):
+        raise ValueError(f"--simulator={cfg.simulator} --evaluate={cfg.evaluate}: two of {', '.join(names)} have one name in the tables; rename a folder")
+    if "small" in names:
+        expected = dict(simulator="small", slate_size=2, candidates_per_category=1, max_per_category=1, horizon=5, generator="template")
+        if len(names) > 1 or any(getattr(cfg, key) != value for key, value in expected.items()):
+            raise ValueError("the small world is played by itself: expected " + " ".join(f"--{key}={value}" for key, value in expected.items())
+                             + " --evaluate=small (or none), found " + " ".join(f"--{key}={getattr(cfg, key)}" for key in (*expected, "evaluate")))
+        return Crowds(slate.SmallWorld(cfg.novelty), {}, None)
     world = slate.World(cfg.seed if cfg.world_seed < 0 else cfg.world_seed, num_types=cfg.world_types, novelty=cfg.novelty, deviation=cfg.deviation)
     embed, encoder = world.embed, "world"
     if cfg.embeddings.startswith("clip:"):
@@ -305,36 +322,60 @@ def open_crowds(cfg):
 
 def settings_of(cfg, propose):
     return dict(horizon=cfg.horizon, slate_size=cfg.slate_size, images_per_prompt=cfg.images_per_prompt, max_per_category=cfg.max_per_category,
-                propose=propose, reward_at=cfg.reward_at)
+                propose=propose, reward_at=cfg.reward_at, critique=cfg.critique)
+
+
+def sources_of(data):
+    """"real.jsonl:1,simulated:.5" -> [(file, or "simulated", weight)]."""
+    found = []
+    for part in data.split(","):
+        path, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
+        try:
+            weight = float(weight)
+        except ValueError:
+            raise ValueError(f"--data={data}: {weight!r} is no number; expected files with weights, as real.jsonl:1,simulated:1") from None
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"--data={data}: expected weights above 0")
+        if path != "simulated" and not Path(path).is_file():
+            raise ValueError(f"--data={data}: no file {path!r} there; expected files of sessions, and simulated for those of --simulator")
+        found.append((path, weight))
+    return found
 
 
 def open_sessions(cfg, crowds, propose, name):
     """-> (Log, (N,) rewards, (S,) weights of sampling, (S,) types or None). name: of a crowd that simulates; "": --data."""
     if not name:
         logs, weights, rewards = [], [], []
-        for part in cfg.data.split(","):
-            path, _, weight = part.rpartition(":") if ":" in part else (part, "", "1")
+        for path, weight in sources_of(cfg.data):
             if path == "simulated":
                 log, reward, _, _ = open_sessions(cfg, crowds, propose, cfg.simulator)
-                logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), float(weight) / len(log.user)))
+                logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), weight / len(log.user)))
                 continue
             log = slate.read(path, cfg.slate_size, cfg.max_per_category == 1)
             reward = log.reward
             if cfg.reward_source == "model" or np.isnan(reward).any():
                 if cfg.reward_source == "given":
                     raise ValueError(f"{path}: {int(np.isnan(reward).sum()):,} turns have no reward; --reward_source=model has a user model say it")
-                if cfg.simulator == "world":
+                if cfg.simulator in ("world", "small"):
                     raise ValueError("--reward_source=model: --simulator must be the folder of a user model, the hidden world tells nobody")
-                given = ~np.isnan(reward)
-                reward = np.where(given, reward, sessions.label_rewards(crowds.models[cfg.simulator], log, open_embeddings(cfg.embeddings)))
-            logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), float(weight) / len(log.user)))
+                reward = sessions.label_rewards(crowds.models[cfg.simulator], log, open_embeddings(cfg.embeddings))
+            logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), weight / len(log.user)))
         return slate.joined(logs), np.concatenate(rewards), np.concatenate(weights), None
     seed = random_key(cfg.seed, "simulated", name) % 2**31
     crowd = crowds.make(name, cfg.sim_sessions, seed)
     behavior = sessions.behavior_policy(sessions.parse_behavior(cfg.behavior))
-    found = sessions.simulate(crowd, slate.start_prompts(cfg.sim_sessions, seed)[0], behavior, seed=seed, critique=cfg.critique,
-                              source=f"sim:{crowd_name(name)}", **settings_of(cfg, propose))
+    found = sessions.simulate(crowd, crowds.starts(cfg.sim_sessions, seed)[0], behavior, seed=seed, source=f"sim:{crowd_name(name)}",
+                              **settings_of(cfg, propose))
     return found.log, found.log.reward, np.ones(cfg.sim_sessions), found.kind
+
+
+def held_out(cfg, log):
+    """(S,) bool: sessions of people who are held out, by a hash of the user."""
+    is_val = (slate.parts_of(log.user_ids, cfg.seed, (1 - cfg.val_share, cfg.val_share)) == 1)[log.user]
+    if is_val.all() or not is_val.any():
+        raise ValueError(f"--val_share={cfg.val_share}: {(~is_val).sum()} sessions are left to train on, {is_val.sum()} to hold out: more users, or another "
+                         "share")
+    return is_val
 
 
 def open_embeddings(paths):
@@ -381,6 +422,11 @@ def check_slate(cfg):
             raise ValueError(f"--{key}={getattr(cfg, key)}: expected at least {least}")
     if not 0 <= cfg.critique <= 1:
         raise ValueError(f"--critique={cfg.critique}: expected a share in [0, 1]")
+    sessions.parse_behavior(cfg.behavior)
+    if cfg.encoder == "text" and not cfg.share_trunk:
+        raise ValueError("--share_trunk=false: expected --encoder=pooled; written sessions are read by one trunk")
+    if cfg.encoder == "pooled" and cfg.init:
+        raise ValueError(f"--init={cfg.init}: expected --encoder=text, the pooled one starts from nothing")
     if cfg.slate_size > 5 * cfg.max_per_category and cfg.max_per_category:
         raise ValueError(f"--slate_size={cfg.slate_size}: 5 categories give at most {5 * cfg.max_per_category} columns of at most "
                          f"--max_per_category={cfg.max_per_category} each")
@@ -395,7 +441,8 @@ def train_slate(cfg):
         raise ValueError(f"--batch_size={cfg.batch_size}: expected at least one session for each of {world_size} processes")
     out_dir = Path("out") / cfg.name
     resume = checkpoint.find(out_dir, cfg.resume)
-    propose = open_generator(cfg.generator, num=cfg.candidates_per_category, tries=cfg.generator_tries, model=cfg.generator_model, device=device)
+    propose = sessions.SmallGenerator(crowds.world) if cfg.simulator == "small" else open_generator(
+        cfg.generator, num=cfg.candidates_per_category, tries=cfg.generator_tries, model=cfg.generator_model, device=device)
     tokenizer, trunk, pretrained = None, {}, None
     if cfg.encoder == "text":
         tokenizer = Tokenizer.bytes()
@@ -421,7 +468,11 @@ def train_slate(cfg):
         if changed := [k for k, v in record["config"].items() if k not in MAY_CHANGE and getattr(cfg, k, v) != v]:
             raise ValueError(f"{resume} was made with other settings: " + ", ".join(f"--{k}={record['config'][k]}" for k in changed) + "; resume with the same")
         state = record["state"]
-    elif rank == 0:
+    opened = None
+    if cfg.data:                                                     # before an earlier run is cleared: a bad file must not cost its results
+        opened = open_sessions(cfg, crowds, propose, "")
+        held_out(cfg, opened[0])
+    if not resume and rank == 0:
         checkpoint.clear(out_dir, cfg.overwrite)
     begun_at = state["stage"] * cfg.num_steps + state["step"]
     logger = Logger(cfg, rank, resume_step=begun_at if resume else None)
@@ -432,19 +483,17 @@ def train_slate(cfg):
         # sessions: of --data or simulated once for all methods, for an oracle by the crowd that it is asked about
         key = stage.crowd or ("" if cfg.data else cfg.simulator)
         if key not in loaded:
-            log, rewards, weights, kind = open_sessions(cfg, crowds, propose, key)
+            log, rewards, weights, kind = opened if opened and not key else open_sessions(cfg, crowds, propose, key)
             loaded = {key: (log, rewards, weights, rectangles(log, rewards, kind).to(device))}
             logger.print(f"{stage.label}: {len(log.user):,} sessions of {len(log.user_ids):,} people, {len(log.choice):,} turns, reward {rewards.mean():.4f}"
                          + (f", generator {dict(propose.counts)}" if cfg.generator != "template" else ""))
         log, rewards, weights, rectangle = loaded[key]
-        is_val = (slate.parts_of(log.user_ids, cfg.seed, (1 - cfg.val_share, cfg.val_share)) == 1)[log.user]
+        is_val = held_out(cfg, log)
         train_rows, val_rows = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-        if not len(train_rows) or not len(val_rows):
-            raise ValueError(f"--val_share={cfg.val_share}: {len(train_rows)} sessions are left to train on, {len(val_rows)} to hold out: more users, or "
-                             "another share")
         # an oracle is told types, which are the labels of its sessions; others never see them
         num_kinds = crowds.make(stage.crowd, 1, 0).num_kinds if stage.crowd else 0
-        c = replace(config, num_kinds=num_kinds, choice_head=config.choice_head and stage.method != "bc")
+        # a clone has one head: of two, their mean would be trained and the smaller one played
+        c = replace(config, num_kinds=num_kinds, **dict(choice_head=False, num_q=1) if stage.method == "bc" else {})
         scale = float(rewards[~is_val[log.session]].std()) if cfg.reward_scale == "std" else 1.0
         scale = scale if scale > 1e-8 else 1.0
         gamma = 0.0 if stage.method == "myopic" else cfg.gamma
@@ -460,6 +509,8 @@ def train_slate(cfg):
             agent.value.requires_grad_(False)
             if cfg.encoder == "pooled":
                 agent.value_up.requires_grad_(False)
+                if not cfg.share_trunk:
+                    agent.of_value.requires_grad_(False)
         if begun:
             checkpoint.load_weights(resume, agent)
         agent.to(device)
@@ -488,11 +539,13 @@ def train_slate(cfg):
                 seed = random_key(cfg.seed, "validation") % 2**31
                 crowd = crowds.make(stage.crowd or cfg.simulator, cfg.val_people, seed)
                 agent.eval()
-                picked = sessions.simulate(crowd, slate.start_prompts(cfg.val_people, seed)[0], agent_policy(agent, device), seed=seed, keep=False,
+                picked = sessions.simulate(crowd, crowds.starts(cfg.val_people, seed)[0], agent_policy(agent, device), seed=seed, keep=False,
                                            **settings_of(cfg, propose)).picked
                 agent.train()
-                score = float(picked.mean())
-                found |= {"eval/utility": score, "eval/last_turn": float(picked[:, -1].mean())}
+                # rank 0 speaks for all: a server may have answered others differently, and all must agree on what is the best step
+                means = torch.tensor([picked.mean(), picked[:, -1].mean()], dtype=torch.float64, device=device)
+                score, last_turn = all_reduce_sum(means * (rank == 0)).tolist()
+                found |= {"eval/utility": score, "eval/last_turn": last_turn}
                 state["results"].append(dict(stage=stage.label, step=step, **found))
                 if score > state["best"].get(stage.label, dict(score=-np.inf))["score"]:
                     state["best"][stage.label] = dict(score=score, step=step)
@@ -555,11 +608,11 @@ def train_slate(cfg):
 
 def mean_returns(s, gamma):
     """(T,) mean discounted reward from each turn on, over the sessions that reach it."""
-    total, to_go = torch.zeros(len(s.reward)), []
+    total, to_go = torch.zeros_like(s.reward[:, 0]), []
     for t in reversed(range(s.reward.shape[1])):
         total = s.reward[:, t] + gamma * total
         reached = s.valid[:, t]
-        to_go.append(total[reached].mean() if reached.any() else torch.zeros(()))
+        to_go.append(total[reached].mean() if reached.any() else total.new_zeros(()))
     return torch.stack(to_go[::-1])
 
 
@@ -571,7 +624,7 @@ def finish_slate(cfg, crowds, stages, evaluated, propose, deployment, state, dev
     if rank == 0:
         names = list(dict.fromkeys([*evaluated, cfg.simulator]))
         seed = random_key(cfg.seed, "held out") % 2**31
-        starts, specific = slate.start_prompts(cfg.eval_people, seed)
+        starts, specific = crowds.starts(cfg.eval_people, seed)
         found, kinds = {}, {}
         for name in names:
             of_crowd = {"base": sessions.base_policy, "random": sessions.random_policy}
@@ -590,8 +643,8 @@ def finish_slate(cfg, crowds, stages, evaluated, propose, deployment, state, dev
             results=results, best=state["best"], history=state["results"], seconds=state["seconds"], counts=propose.counts, config=asdict(cfg))) + "\n")
         sessions.picture(found, state["results"], logger.out_dir / "utility.png")
         logger.picture(len(stages) * cfg.num_steps, "utility", logger.out_dir / "utility.png")
-        name, few = names[0], min(8, cfg.eval_people)
-        story = {policy: sessions.simulate(crowds.make(name, few, seed), starts[:few], play, seed=seed, **settings_of(cfg, propose))
+        name = names[0]
+        story = {policy: sessions.simulate(crowds.make(name, len(starts[:8]), seed), starts[:8], play, seed=seed, **settings_of(cfg, propose))
                  for policy, play in (("base", sessions.base_policy), (stages[0].label, agent_policy(first, device)))}
         sessions.storyboard(story, logger.out_dir / "storyboard.png")
         print("\n".join(lines), flush=True)

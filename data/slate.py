@@ -207,7 +207,7 @@ class SmallWorld:
     PAIRS = list(itertools.combinations(range(5), 2))
 
     def __init__(self, novelty=.4, tau=8.0, horizon=5, liked=1):
-        self.horizon = horizon
+        self.horizon, self.tau = horizon, tau
         index = {s: i for i, s in enumerate(self.STATES)}
         self.next, self.utility = np.zeros((36, 5), np.int64), np.zeros((36, 5))
         for i, (style, details, off) in enumerate(self.STATES):
@@ -216,7 +216,7 @@ class SmallWorld:
             for m, (s, d, o) in enumerate(moves):
                 self.next[i, m] = index[s, d, o]
                 self.utility[i, m] = .25 + .15 * d + (.25 if s == liked else -.1 if s else 0) - .2 * o + (0, 0, 0, novelty, .8 * novelty)[m]
-        self.start = index[0, 0, 0]
+        self.start, self.index = index[0, 0, 0], index
         pairs = np.array(self.PAIRS)
         self.pick = softmax(tau * self.utility[:, pairs])                       # (36, 10, 2)
         self.pair_utility = (self.pick * self.utility[:, pairs]).sum(2)         # (36, 10)
