@@ -49,7 +49,8 @@ def main(root):
             if of:
                 gap = [x["gap"] for x in of if x["gap"] is not None]
                 means, last, wins = ([x[key] for x in of] for key in ("mean", "last_turn", "wins"))
-                rows.append([policy, cell(means), cell(last), cell([x["less_random"][0] for x in of]), cell(gap, 2) if gap else "-", cell(wins, 2)])
+                less = [x["less_random"][0] for x in of]
+                rows.append([policy, cell(means), cell(last), cell(less), cell(gap, 2) if gap else "-", cell(wins, 2)])
         print(f"**{label}**, {len(agents)} seeds\n")
         print(markdown(["policy", "utility per turn", "turn 5", "turn 5 less random", "share of the gap random to oracle_type, turn 5", "sessions above base"], rows))
         for other in ("random", "bc", "myopic", "base", "oracle_greedy"):
