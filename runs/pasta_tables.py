@@ -52,7 +52,7 @@ def main(root):
                 less = [x["less_random"][0] for x in of]
                 rows.append([policy, cell(means), cell(last), cell(less), cell(gap, 2) if gap else "-", cell(wins, 2)])
         print(f"**{label}**, {len(agents)} seeds\n")
-        print(markdown(["policy", "utility per turn", "turn 5", "turn 5 less random", "share of the gap random to oracle_type, turn 5", "sessions above base"], rows))
+        print(markdown(["policy", "utility per turn", "turn 5", "turn 5 less random", "share of the gap to oracle_type, turn 5", "sessions above base"], rows))
         for other in ("random", "bc", "myopic", "base", "oracle_greedy"):
             of = [(r["crowds"][crowd]["iql"], r["crowds"][crowd][other]) for r in agents.values() if other in r["crowds"].get(crowd, {})]
             print(f"IQL less {other}: turn 5 {cell([a['last_turn'] - b['last_turn'] for a, b in of])}, per turn {cell([a['mean'] - b['mean'] for a, b in of])}")
