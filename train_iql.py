@@ -82,7 +82,7 @@ class Config:
     novelty: float = 0.4             # what a quick win pays in it, once; 0: nothing to be tempted by (ours)
     deviation: float = 0.2           # of persons of it from their type (ours)
     sim_sessions: int = 6000         # sessions that are simulated (ours; PASTA had 30,000)
-    behavior: str = "random:.5,myopic:.3,noisy:.2"      # who shows the slates in them, with shares (ours)
+    behavior: str = "random"         # random, myopic, noisy: who shows the slates in them, with shares as random:.5,myopic:.3,noisy:.2 (ours)
     horizon: int = 5                 # turns (PASTA)
     slate_size: int = 4              # columns (PASTA)
     images_per_prompt: int = 4       # images of a column (PASTA)
@@ -103,7 +103,7 @@ class Config:
     score_random: float = 0.0        # with score_expert: returns that are 0 and 100 of the normalised score
     score_expert: float = 0.0        # the other end; equal to score_random: no normalised score
     # the algorithm
-    method: str = ""                 # slate: iql | myopic (gamma 0) | bc | oracle (iql, told the types of people, one for each crowd of --evaluate), several
+    method: str = ""                 # slate: iql | myopic (gamma 0) | bc | oracle (iql, told the types of people of the first of --evaluate), several
                                      # in turn; empty: iql,myopic,bc; offline: iql | bc; empty: iql
     expectile: float = 0.7           # of V over the log's actions: .5 their mean, towards 1 their maximum; antmaze .9 (IQL)
     gamma: float = -1.0              # discount; auto: slate 1, the sum over its turns is what counts (ours), offline .99 (IQL); sepsis: 1
@@ -405,7 +405,7 @@ def stages_of(cfg, crowds):
         raise ValueError(f"--method={cfg.method} names a method twice")
     evaluated = [n for n in cfg.evaluate.split(",") if n and n != "none"] or [cfg.simulator]
     stages = [Stage(m, m, "") for m in methods if m != "oracle"]
-    return stages + [Stage(f"oracle_{crowd_name(n)}", "iql", n) for n in evaluated if "oracle" in methods], evaluated
+    return stages + [Stage(f"oracle_{crowd_name(n)}", "iql", n) for n in evaluated[:1] if "oracle" in methods], evaluated
 
 
 def crowd_name(name):

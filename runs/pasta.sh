@@ -18,7 +18,7 @@ people() { local s=$1 log=$root/people_$1/sessions
     run train_user_model.py B_$s --seed=$s $data --half=b --num_types=8 --agg=mean
 }
 agent() { local name=$1 s=$2; shift 2
-    run train_iql.py ${name}_$s --seed=$s --simulator=$root/A_$s --evaluate=world,$root/B_$s --num_steps=${STEPS:-800} --sim_sessions=${SESSIONS:-6000} --eval_every=0 "$@"
+    run train_iql.py ${name}_$s --seed=$s --simulator=$root/A_$s --evaluate=world,$root/B_$s --num_steps=${STEPS:-1000} --sim_sessions=${SESSIONS:-6000} --eval_every=0 "$@"
 }
 for study in ${STUDIES:-people agents mixed}; do
     case $study in
