@@ -298,7 +298,7 @@ def open_crowds(cfg):
                              + " --evaluate=small (or none), found " + " ".join(f"--{key}={getattr(cfg, key)}" for key in (*expected, "evaluate")))
         return Crowds(slate.SmallWorld(cfg.novelty), {}, None)
     world = slate.World(cfg.seed if cfg.world_seed < 0 else cfg.world_seed, num_types=cfg.world_types, novelty=cfg.novelty, deviation=cfg.deviation)
-    embed, encoder = world.embed, "world"
+    embed, encoder = world.embed, world.name
     if cfg.embeddings.startswith("clip:"):
         from data.clip import load_clip
         clip, tokenizer = load_clip(cfg.embeddings.removeprefix("clip:"))

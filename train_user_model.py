@@ -139,10 +139,11 @@ class Data(NamedTuple):
 def open_log(cfg):
     """-> (user ids, Observations | None, pairs dict | None, ratings dict | None, types (U,) | None, name of the encoder)."""
     if cfg.data == "world":
-        found = sessions.world_log(slate.World(cfg.seed), cfg.seed, num_users=cfg.num_users, num_sessions=cfg.num_sessions)
+        world = slate.World(cfg.seed)
+        found = sessions.world_log(world, cfg.seed, num_users=cfg.num_users, num_sessions=cfg.num_sessions)
         types = np.zeros(cfg.num_users, np.int64)
         types[found.log.user] = found.kind
-        return found.log.user_ids, slate.observations(found.log, found.ids, found.emb), None, None, types, "world"
+        return found.log.user_ids, slate.observations(found.log, found.ids, found.emb), None, None, types, world.name
     files = [load_embeddings(path) for path in cfg.embeddings.split(",") if path]
     if not files:
         raise ValueError("--embeddings is empty: expected the .npz files of the prompts and images that --data and --single name")

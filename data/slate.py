@@ -136,6 +136,7 @@ class World:
                 raise ValueError(f"{name} {x}: expected a number from {low} to {high}")
         if not 1 <= num_types <= 64 or width < 4:
             raise ValueError(f"num_types {num_types}, width {width}: expected 1 to 64 types and a width of at least 4")
+        self.name = f"world {seed}"                                          # of its embeddings: those of another seed mean something else
         self.seed, self.num_types, self.novelty, self.deviation, self.lapse = seed, num_types, novelty, deviation, lapse
         self.tau, self.fatigue, self.position, self.same, self.width = tau, fatigue, position, same, width
         rng = stream(seed, "world")

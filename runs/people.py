@@ -17,7 +17,7 @@ def main(out, seed, num_users, num_sessions, world_types, deviation, critique):
     world = slate.World(seed, num_types=world_types, deviation=deviation)
     found = sessions.world_log(world, seed, num_users=num_users, num_sessions=num_sessions, critique=critique)
     Path(out).mkdir(parents=True, exist_ok=True)
-    save_embeddings(f"{out}/sessions.npz", found.ids, found.emb, "world", False)
+    save_embeddings(f"{out}/sessions.npz", found.ids, found.emb, world.name, False)
     slate.write_truth(f"{out}/sessions.truth.jsonl", found.log, found.kind, found.utility.reshape(-1, found.utility.shape[2]))
     slate.write(found.log, f"{out}/sessions.jsonl")
     print(json.dumps(dict(out=str(out), sessions=len(found.log.user), people=num_users, utility=round(float(found.picked.mean()), 4))))

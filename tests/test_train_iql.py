@@ -76,7 +76,7 @@ def file_of(path, n=30, reward=None, horizon=3, **settings):
     found = sessions.world_log(slate.World(0), 7, num_users=n, horizon=horizon, slate_size=2, images_per_prompt=1, **settings)
     log = found.log if reward is None else found.log._replace(reward=np.full(len(found.log.choice), float(reward)))
     slate.write(log, path)
-    save_embeddings(str(Path(path).with_suffix(".npz")), found.ids, found.emb, "world", False)
+    save_embeddings(str(Path(path).with_suffix(".npz")), found.ids, found.emb, "world 0", False)
     return log, found
 
 
@@ -265,7 +265,7 @@ def test_the_target_moves_by_rho_only(no_pictures):
 
 def test_constant_rewards_are_worth_what_is_left_and_only_to_who_knows_the_turn(monkeypatch, no_pictures):
     """v = r (H - t), learned from nothing: the offsets' start at the mean return, which is the answer here, is taken away. Who does not know the turn is off
-    by more than two rewards somewhere: a horizon cannot be seen (a known failure, and the reason for the flag's default)."""
+    by more than half a reward somewhere: a horizon cannot be seen (a known failure, and the reason for the flag's default)."""
     file_of("constant.jsonl", n=40, reward=.3, horizon=5)
     monkeypatch.setattr(train_iql, "mean_returns", lambda s, gamma: torch.zeros(5))
     error = {}
@@ -278,7 +278,7 @@ def test_constant_rewards_are_worth_what_is_left_and_only_to_who_knows_the_turn(
         with torch.no_grad():
             v = agent(s.batch, s.candidates, s.categories)[0][:, :5].double()
         error[turn_number] = float((v.mean(0) - tensor(1.5, 1.2, .9, .6, .3)).abs().max())
-    assert error[True] < .12 and error[False] > .3, error
+    assert error[True] < .12 and error[False] > max(.2, 2 * error[True]), error
 
 
 # -----------------------------------------------------------------------------
@@ -693,8 +693,8 @@ def test_settings_that_cannot_be_meant_stop_the_run_and_lose_nothing(values, mes
 def test_user_models_that_do_not_fit(users, tmp_path):
     shutil.copytree(checkpoint.newest(users), tmp_path / "clipped")
     origin = json.loads((tmp_path / "clipped/origin.json").read_text())
-    (tmp_path / "clipped/origin.json").write_text(json.dumps(origin | dict(embeddings="clip9")) + "\n")
-    with pytest.raises(ValueError, match="clipped: fitted to embeddings of clip9, here texts are embedded by world"):
+    (tmp_path / "clipped/origin.json").write_text(json.dumps(origin | dict(embeddings="clip900")) + "\n")
+    with pytest.raises(ValueError, match="clipped: fitted to embeddings of clip900, here texts are embedded by world 0"):
         train_iql.main(Config(simulator=str(tmp_path / "clipped"), **TINY))
     shutil.copytree(users, tmp_path / "users")
     with pytest.raises(ValueError, match="have one name in the tables"):
