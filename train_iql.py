@@ -103,14 +103,14 @@ class Config:
     score_random: float = 0.0        # with score_expert: returns that are 0 and 100 of the normalised score
     score_expert: float = 0.0        # the other end; equal to score_random: no normalised score
     # the algorithm
+    reward_scale: Literal["std", "none"] = "std"        # slate: rewards over their deviation in the training data (ours)
     method: str = ""                 # slate: iql | myopic (gamma 0) | bc | oracle (iql, told the types of people of the first of --evaluate), several
                                      # in turn; empty: iql,myopic,bc; offline: iql | bc; empty: iql
     expectile: float = 0.7           # of V over the log's actions: .5 their mean, towards 1 their maximum; antmaze .9 (IQL)
+    cql_alpha: float = 0.0           # slate: weight of logsumexp of f over all candidates less its mean over the slate (2006.04779)
     gamma: float = -1.0              # discount; auto: slate 1, the sum over its turns is what counts (ours), offline .99 (IQL); sepsis: 1
     rho: float = -1.0                # share of Q that the target network takes over in a step; auto: slate .01 (ours), offline .005 (IQL)
     slate_value: Literal["mean", "choice"] = "mean"     # q of a slate: mean of its items (PASTA, secondary), or as a learned choice weighs them (SlateQ)
-    cql_alpha: float = 0.0           # slate: weight of logsumexp of f over all candidates less its mean over the slate (2006.04779)
-    reward_scale: Literal["std", "none"] = "std"        # slate: rewards over their deviation in the training data (ours)
     beta: float = 3.0                # offline: of advantages in the policy's weights: higher is greedier, lower nearer to BC; antmaze 10 (IQL)
     weight_clip: float = 100.0       # offline: bound on a weight of the policy (IQL)
     # length of the run and optimization
@@ -122,7 +122,7 @@ class Config:
     weight_decay: float = 0.01       # slate: on matrices (ours)
     warmup_steps: int = 30           # slate: steps of linear warm-up
     decay_share: float = 0.5         # slate: the last share goes linearly to rate 0
-    max_grad_norm: float = 1.0       # slate: global norm the gradient is clipped to
+    max_grad_norm: float = 1.0       # global norm the gradient is clipped to (slate)
     # machine
     compile: bool = False            # torch.compile the model
     # looking and keeping

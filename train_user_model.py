@@ -65,7 +65,7 @@ class Config:
     num_sessions: int = 4            # world: sessions of each user (ours)
     half: Literal["all", "a", "b"] = "all"              # fit and select on one half of the users, by a hash: a and b share nobody; test users are the same
     # EM
-    start: Literal["users", "random"] = "users"         # tastes start at clusters of what users are drawn to, or in directions of chance (ours)
+    tastes: Literal["users", "random"] = "users"        # start at clusters of what users are drawn to, or in directions of chance (ours)
     restarts: int = 4                # starts of each num_types (ours)
     prior_count: float = 1.0         # users that each type is given in pi beforehand (ours)
     tau_init: float = 5.0            # tau at the start: inverse temperature of choices, pairs and comparisons (ours)
@@ -79,12 +79,12 @@ class Config:
     single_steps: int = 0            # first steps of a start, on --single alone; later ones have everything (ours)
     # length of the run and optimization
     num_steps: int = 100             # EM steps of each start (ours)
+    device_batch_size: int = 1024    # rows per forward pass and device (users): lower when memory runs out, the result stays the same
     total_batch_size: int = 0        # users per step; 0: all
-    device_batch_size: int = 1024    # users per forward pass and device: lower when memory runs out, the result stays the same
     lr: float = 0.05                 # peak rate of Adam (ours)
     decay_share: float = 0.3         # the last share of each start goes linearly to rate 0
     # machine
-    dtype: Literal["float32", "float64"] = "float32"    # of weights and computation; posteriors are float64 always
+    dtype: Literal["float32", "float64"] = "float32"    # of the computation (and of the weights); posteriors are float64 always
     # looking and keeping
     eval_every: int = 10             # steps between evaluations on validation users; 0: only at the end
     save_every: int = 0              # steps between checkpoints; 0: only at the end
@@ -286,7 +286,7 @@ def train(cfg):
             ratings = parts[FIT].ratings.rating
             model = UserModel(config).to(dtype).init_weights(random_key(cfg.seed, "start", K, start), cfg.tau_init, cfg.rating_sigma,
                                                              float(ratings.mean()) if len(ratings) else 0.0).to(device)
-            if cfg.start == "users" and K > 1:
+            if cfg.tastes == "users" and K > 1:
                 user_model.spread(model, parts[FIT], random_key(cfg.seed, "clusters", K, start))
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=(0.9, 0.98))

@@ -310,7 +310,13 @@ def test_a_language_models_vocabulary():
     V = 151936  # Qwen's: 384 columns are left over after chunks of 2048, and 4480 after 8192
     hidden, weight, targets, _ = inputs(4, 8, V)
     targets[:2] = torch.tensor([V - 1, V - 384])
-    check_against_fp64(hidden, weight, targets, None, forward_tol=1e-5, gradient_tol=1e-5)
+    # a sum over 151,936 columns in fp32 is as exact as the machine's product: 1e-5 on some, 9e-5 on others, in plain torch as here
+    grads, (h, w, _) = upstream(4, torch.float64), as_double(hidden, weight, None)
+    plain = gradients(reference.linear_logprob(hidden, weight, targets), grads, (hidden, weight, None))
+    true = gradients(reference.linear_logprob(h, w, targets), grads, (h, w, None))
+    error = max(relative_error(a, b) for a, b in zip(plain, true) if b is not None)
+    assert error < 3e-4
+    check_against_fp64(hidden, weight, targets, None, forward_tol=1e-5, gradient_tol=1e-5 + 1.2 * error)
 
 
 @pytest.mark.parametrize("dtype, gradient_tol", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
