@@ -3,7 +3,7 @@
 #   people   of the hidden world W leave a log of picks; user models A and B are fitted to it by EM, on different halves of the people, B of another form
 #   agents   IQL, myopic, BC, and IQL that is told types, trained on sessions simulated with A; all before held-out people of W, B and A
 #   mixed    IQL on the real sessions (rewards as A sees them), on simulated ones, on both
-#   small    the exact small world and its negative control (tests/test_train_iql.py has it for one seed)
+#   small    the small world of 36 states, whose policies have exact values (tests/test_train_iql.py computes them), and its negative control
 # SEEDS="0 1" bash runs/pasta.sh runs fewer seeds; STUDIES="people agents" only some of the parts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ people() { local s=$1 log=$root/people_$1/sessions
 agent() { local name=$1 s=$2; shift 2
     run train_iql.py ${name}_$s --seed=$s --simulator=$root/A_$s --evaluate=world,$root/B_$s --num_steps=${STEPS:-1000} --sim_sessions=${SESSIONS:-6000} --eval_every=0 "$@"
 }
-for study in ${STUDIES:-people agents mixed}; do
+for study in ${STUDIES:-people agents mixed small}; do
     case $study in
     people) for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn people $s; done; join ;;
     agents) for s in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do spawn agent agents $s --method=iql,myopic,bc,oracle; done ;;
@@ -28,6 +28,13 @@ for study in ${STUDIES:-people agents mixed}; do
                 real=$root/people_$s/sessions
                 spawn agent real $s --method=iql --data=$real.jsonl --embeddings=$real.npz --reward_source=model
                 spawn agent both $s --method=iql --data=$real.jsonl:1,simulated:1 --embeddings=$real.npz --reward_source=model
+            done ;;
+    small)  shape="--simulator=small --evaluate=small --slate_size=2 --candidates_per_category=1 --max_per_category=1 --images_per_prompt=1 --val_people=20"
+            shape="$shape --expectile=.9 --hidden_size=32 --num_layers=1 --lr=3e-3 --rho=.02 --num_steps=2000 --sim_sessions=10000 --eval_every=0 --eval_people=2000"
+            for s in ${SMALL_SEEDS:-0 1 2 3 4}; do
+                spawn run train_iql.py small_mean_$s --seed=$s $shape --method=iql,myopic,bc
+                spawn run train_iql.py small_choice_$s --seed=$s $shape --method=iql --slate_value=choice
+                spawn run train_iql.py small_control_$s --seed=$s $shape --method=iql,myopic --novelty=0
             done ;;
     esac
 done
