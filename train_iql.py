@@ -23,7 +23,7 @@ A plain log (--task=offline) checks the same losses against answers that are kno
 beta <= 0 is refused: at 0 all weights are 1 and the policy is a clone that no value changes, below 0 it prefers what v thinks is worse. For a clone
 say --method=bc.
 
-    python train_iql.py                                                     laptop: an agent in the hidden world, beside myopic and cloned ones, 6 minutes
+    python train_iql.py                                                     laptop: an agent in the hidden world, beside myopic and cloned ones
     python train_iql.py --simulator=out/users_a --evaluate=world,out/users_b --method=iql,myopic,bc,oracle         PASTA: train in A, judge in B and W
     python train_iql.py --task=offline --data=cartpole                      laptop: return 438 (+- 36, five seeds) from data of return 22; --method=bc: 22
     python train_iql.py --task=offline --data=sepsis --gamma=1 --expectile=.9        a tabular world whose policies are valued exactly
