@@ -120,6 +120,27 @@ def test_tool_results_are_appended_not_sampled(model):
     assert all(33 not in ids[:-1] for *_, ids in seen), "a turn begins after the last tool result"
 
 
+@pytest.mark.parametrize("num_samples", [2, 16])                      # attention by the kernel over what is used, and by products over all positions
+def test_a_cache_that_grows_changes_nothing(model, monkeypatch, num_samples):
+    """Samples of several lengths with appended ids, refilled rows and compaction: every id and log-probability, from a cache that begins with no room."""
+    def play():
+        turns = {}
+        tools = lambda p, n, ids: [7] * (1 + (p + n) % 5) if turns.setdefault((p, n), []).append(ids) or len(turns[p, n]) < 4 else None
+        return [r for g in generate(model, Tok(), PROMPTS, num_samples=num_samples, max_new_tokens=150, max_slots=3 * num_samples, seed=4,
+                                    tools=tools, stop_ids={END_TURN, 30, 31}) for r in g]
+    whole, sizes, grow = play(), [], Cache.grow
+    monkeypatch.setattr("engine.ROOM", 0)
+    monkeypatch.setattr(Cache, "grow", lambda cache, model, size: (sizes.append((cache.k.shape[3], size)), grow(cache, model, size)))
+    grown = play()
+    assert sizes[0][0] == 20 and len(sizes) >= 4 and all(a < b <= 170 for a, b in sizes), "it grew, and never beyond the longest sample"
+    assert [r.ids for r in grown] == [r.ids for r in whole] and len({len(r.ids) for r in whole}) > 5
+    assert any(0 in r.mask for r in whole)
+    assert max(abs(a - b) for r, o in zip(whole, grown) for a, b in zip(r.logps, o.logps)) < 1e-5
+    r = max(grown, key=lambda r: len(r.ids))
+    prompt = PROMPTS[grown.index(r) // num_samples]
+    assert max(abs(a - b) for a, b, m in zip(r.logps, logps_of(model, prompt, r).tolist(), r.mask) if m) < 1e-5
+
+
 def test_group_shares_one_prefill(model, monkeypatch):
     tokens, lookup = [], torch.nn.Embedding.forward
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (tokens.append(tuple(ids.shape)), lookup(self, ids))[1])
