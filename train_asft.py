@@ -79,12 +79,13 @@ class Config:
     t_test: int = 0                  # time: events from this second on are test
     cold: Literal["drop", "miss"] = "drop"              # time: targets that training never saw
     windows: Literal["end", "all"] = "end"              # long histories: their end, or overlapping windows in which each decision counts once
-    reward: str = "raw"              # raw | watch_ratio | signals:is_like=1,long_view=.5 | percentile | top25
+    reward: str = "raw"              # raw | centered | watch_ratio | signals:is_like=1,long_view=.5 | percentile | top25
     reward_scale: Literal["none", "std"] = "none"       # divide rewards by their standard deviation in training
     high: float = 4.5                # raw reward from which a target counts as high
     noise: float = 1.0               # bandit: standard deviation of an observed reward
     noise_spread: float = 0.0        # bandit: log-normal spread of that over items
     autoplay: float = 0.0            # bandit: share of bait whose observed satisfaction is 5, whatever it truly is: a bias that all observers share
+    generosity: float = 0.0          # bandit: standard deviation of what users add to all of their ratings, habitual clickers most
     taste: float = 2.0               # bandit: how much the log follows what users truly like
     pop: float = 1.0                 # bandit: how much it follows exposure, which says nothing of taste
     habit: float = 1.5               # bandit: how much users click on bait and on the genre they had last, by habit
@@ -148,7 +149,7 @@ class Config:
 MAY_CHANGE = ("name", "save_every", "resume", "overwrite", "dry_run", "compile")
 # what a BC checkpoint and its judges were made of: --init with other values would compare worlds, or leak a test event
 OF_INIT = ("seed", "size", "backbone", "max_length", "history_rewards", "data", "split", "t_val", "t_test", "cold", "ties", "dedup", "min_user", "min_item",
-           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "taste", "pop", "habit", "bait_share", "num_users", "num_items",
+           "core", "reward", "reward_scale", "noise", "noise_spread", "autoplay", "generosity", "taste", "pop", "habit", "bait_share", "num_users", "num_items",
            "judge_share", "reward_share", "ensemble", "folds")
 
 # the knob that is tried, its values, and which heads a method trains. Every method has as many trials; weighted: its weights are known before the run
@@ -373,7 +374,7 @@ def open_world(cfg):
     signals = ",".join(part.partition("=")[0] for part in cfg.reward.partition("signals:")[2].split(","))
     if cfg.data == "bandit":
         log, truth = bandit.make(cfg.seed, num_users=cfg.num_users, num_items=cfg.num_items, noise=cfg.noise, noise_spread=cfg.noise_spread,
-                                 autoplay=cfg.autoplay, taste=cfg.taste, pop=cfg.pop, habit=cfg.habit, bait_share=cfg.bait_share)
+                                 autoplay=cfg.autoplay, generosity=cfg.generosity, taste=cfg.taste, pop=cfg.pop, habit=cfg.habit, bait_share=cfg.bait_share)
     else:
         log, truth = interactions.load(cfg.data, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time,
                                        sep=cfg.sep, header=cfg.header, time_unit=cfg.time_unit, ties=cfg.ties, dedup=cfg.dedup,
@@ -400,7 +401,7 @@ def open_world(cfg):
     high = {name: log.reward_raw[found[:, 1] - 1] >= cfg.high for name, found in targets.items()}
     matrix = None
     if cfg.full_matrix:                                                       # rewards of the same kind; it has no ranks and deviations of training data
-        if cfg.data == "bandit" or cfg.reward in ("percentile", "top25") or cfg.reward_scale != "none":
+        if cfg.data == "bandit" or cfg.reward in ("centered", "percentile", "top25") or cfg.reward_scale != "none":
             raise ValueError(f"--full_matrix={cfg.full_matrix}: expected --data of a file, --reward=raw, watch_ratio or signals, and --reward_scale=none, "
                              f"found --data={cfg.data} --reward={cfg.reward} --reward_scale={cfg.reward_scale}")
         other = interactions.load(cfg.full_matrix, col_user=cfg.col_user, col_item=cfg.col_item, col_reward=cfg.col_reward, col_time=cfg.col_time, sep=cfg.sep,
@@ -483,10 +484,7 @@ def reward_advantages(cfg, model, world, device):
         sums, counts = (np.bincount(log.item[train], w, minlength=len(log.item_ids) + 1) for w in (reward[train], None))
         v[decided] = np.where(counts > 0, sums / np.maximum(counts, 1), mean)[log.item[decided]]
     if cfg.baseline == "user":                                                # strictly past events: a mean with r_i in it would shrink A_i to 0
-        start = np.searchsorted(log.user, log.user)
-        total = np.concatenate([[0.0], np.cumsum(reward)])
-        place = np.arange(len(reward))
-        v[decided] = np.where(place > start, (total[place] - total[start]) / np.maximum(place - start, 1), mean)[decided]
+        v[decided] = interactions.earlier_means(log, reward, mean)[decided]
     found = dict(mean=float(np.nanmean(r - v)), std=float(np.nanstd(r - v)), logp=float(np.nanmean(logps)))
     return (r - v).astype(np.float32), v.astype(np.float32), found
 

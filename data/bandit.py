@@ -10,10 +10,11 @@ U users, I items with vectors of width 8, 8 genres, one seed. What the descripti
                    the first event has no previous item. A user has min_events..max_events events, each count equally likely
     reward         mu + sigma_a e, e ~ N(0, 1); on bait mu is replaced by 5 with probability autoplay, per event. Not clipped: clipping is a bias, so
                    with noise a reward may be below 1, and below 0. sigma_a = noise exp(s g - s^2), s = noise_spread, g ~ N(0, 1) per item: log-normal
-                   with the mean of sigma_a^2 at noise^2 for any s
+                   with the mean of sigma_a^2 at noise^2 for any s. To all of this a user adds generosity (c - .5) / sqrt(.05): a standard deviation of
+                   `generosity` over users, high where clicks are habitual. So what the habitual click on is rated by the generous
     time           a first event within a year, gaps log-normal with median 12 hours (68 % in 2.7 to 54 hours), 15 % of them 0: ties in the order of rows
 
-Every part has a random stream of its own: noise, noise_spread and autoplay change nothing but rewards; pop, taste and habit nothing of mu.
+Every part has a random stream of its own: noise, noise_spread, autoplay and generosity change nothing but rewards; pop, taste and habit nothing of mu.
 """
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class Truth(NamedTuple):                                                    # fo
     habit_weight: float
 
 
-def check(num_users, num_items, noise, noise_spread, autoplay, bait_share, min_events, max_events, **weights):
+def check(num_users, num_items, noise, noise_spread, autoplay, generosity, bait_share, min_events, max_events, **weights):
     if num_users < 1 or num_items < 1:
         raise ValueError(f"num_users {num_users}, num_items {num_items}: expected at least 1 of each")
     if not 1 <= min_events <= max_events < num_items:
@@ -48,18 +49,18 @@ def check(num_users, num_items, noise, noise_spread, autoplay, bait_share, min_e
     for name, x in dict(autoplay=autoplay, bait_share=bait_share).items():
         if not 0 <= x <= 1:
             raise ValueError(f"{name} {x}: expected a share in [0, 1]")
-    for name, x in dict(noise=noise, noise_spread=noise_spread).items():
+    for name, x in dict(noise=noise, generosity=generosity, noise_spread=noise_spread).items():
         if not 0 <= x < np.inf:
-            raise ValueError(f"{name} {x}: expected a number of 0 or more, in units of the reward" if name == "noise" else f"{name} {x}: expected 0 or more")
+            raise ValueError(f"{name} {x}: expected a number of 0 or more, in units of the reward" if name != "noise_spread" else f"{name} {x}: expected 0 or more")
     for name, x in weights.items():
         if not np.isfinite(x):
             raise ValueError(f"{name} {x}: expected a finite weight of the logging policy")
 
 
-def make(seed=0, *, num_users=4000, num_items=300, noise=1.0, noise_spread=0.0, autoplay=0.0, pop=1.0, taste=2.0, habit=1.5, bait_share=.15,
-         min_events=10, max_events=40):
+def make(seed=0, *, num_users=4000, num_items=300, noise=1.0, noise_spread=0.0, autoplay=0.0, generosity=0.0, pop=1.0, taste=2.0, habit=1.5,
+         bait_share=.15, min_events=10, max_events=40):
     """-> (Log, Truth). Events in (user, time, row) order. ValueError names a setting that is impossible. 4000 x 300: .9 s on one core."""
-    check(num_users, num_items, noise, noise_spread, autoplay, bait_share, min_events, max_events, pop=pop, taste=taste, habit=habit)
+    check(num_users, num_items, noise, noise_spread, autoplay, generosity, bait_share, min_events, max_events, pop=pop, taste=taste, habit=habit)
     rng = {name: np.random.default_rng([seed, k]) for name, k in STREAMS.items()}
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -95,6 +96,7 @@ def make(seed=0, *, num_users=4000, num_items=300, noise=1.0, noise_spread=0.0, 
     spread = np.exp(noise_spread * rng["spread"].normal(size=num_items) - noise_spread ** 2)
     auto = bait[item - 1] & (rng["autoplay"].random(kept.shape)[kept] < autoplay)
     reward = np.where(auto, 5.0, mu[user, item - 1]) + noise * spread[item - 1] * rng["noise"].normal(size=kept.shape)[kept]
+    reward += generosity * ((c - .5) / .05 ** .5)[user]                     # Beta(2, 2): mean .5, variance .05
     r = rng["times"]
     gaps = np.where(r.random(kept.shape) < .15, 0, np.exp(np.log(12 * 3600) + 1.5 * r.normal(size=kept.shape)))
     gaps[:, 0] = r.uniform(0, 365 * 86400, num_users)

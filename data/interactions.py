@@ -444,7 +444,7 @@ def split(log, how="loo", *, t_val=0, t_test=0, cold="drop"):
 def rewards(log, part, how="raw", scale="none"):
     """(N,) float32; lines about it are added to log.report.
 
-    raw: the reward column. watch_ratio: play / duration, at most 5. signals:NAME=WEIGHT,...: the weighted sum.
+    raw: the reward column. centered: less the mean of the user's earlier events (a first event: of train events). watch_ratio: play / duration, at most 5. signals:NAME=WEIGHT,...: the weighted sum.
     percentile: of play time, for durations of one power of two: mid-rank (below + half of equal) among the user's train events, shrunk to that
         among all users' by SHRINK / (n + SHRINK); .5 where a bucket has no train event. top25: +1 from percentile .75 on, -1 where is_hate, else 0.
     scale=std: divided by the standard deviation of train events (nothing is subtracted: zero keeps its meaning).
@@ -454,6 +454,8 @@ def rewards(log, part, how="raw", scale="none"):
     kind, _, weights = how.partition(":")
     if how == "raw":
         value = log.reward_raw
+    elif how == "centered":
+        value = log.reward_raw - earlier_means(log, log.reward_raw, log.reward_raw[train].mean())
     elif how == "watch_ratio":
         value = np.minimum(_signal(log, "watch_ratio") if "watch_ratio" in log.signals else _signal(log, "play") / _durations(log), 5)
     elif kind == "signals":
@@ -468,8 +470,8 @@ def rewards(log, part, how="raw", scale="none"):
             value = np.where(hated, -1.0, value >= .75)
             log.report.append(f"reward=top25: {hated.sum():,} events are disliked" if "is_hate" in log.signals else "reward=top25: no is_hate, so no -1")
     else:
-        raise ValueError(f"--reward={how}: expected raw, watch_ratio, percentile, top25 or signals:NAME=WEIGHT,..."
-                         f"{_did_you_mean(kind, ['raw', 'watch_ratio', 'signals', 'percentile', 'top25'])}")
+        raise ValueError(f"--reward={how}: expected raw, centered, watch_ratio, percentile, top25 or signals:NAME=WEIGHT,..."
+                         f"{_did_you_mean(kind, ['raw', 'centered', 'watch_ratio', 'signals', 'percentile', 'top25'])}")
     mean, std = value[train].mean(), value[train].std()
     log.report.append(f"reward={how}: train mean {mean:.4f}, standard deviation {std:.4f}" + (", divided by it" if scale == "std" else ""))
     if scale == "std":
@@ -477,6 +479,13 @@ def rewards(log, part, how="raw", scale="none"):
             raise ValueError(f"--reward_scale=std: all train rewards are {mean:g}")
         value = value / std
     return value.astype(np.float32)
+
+
+def earlier_means(log, values, first):
+    """(N,): mean of values (N,) over the same user's earlier events; `first` for a user's first."""
+    total, place = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    start = np.searchsorted(log.user, log.user)
+    return np.where(place > start, (total[place] - total[start]) / np.maximum(place - start, 1), first)
 
 
 def _signal(log, name):

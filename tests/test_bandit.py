@@ -199,6 +199,17 @@ def test_autoplay_changes_rewards_of_bait_only(small):
         assert np.allclose(other.reward_raw - log.reward_raw, np.where(changed, 5 - mu, 0))  # before noise: the noise is still there
 
 
+def test_generosity_is_of_users_and_goes_with_habit(small):
+    log, truth = small
+    for generosity in (0.0, 2.0):
+        other, other_truth = bandit.make(0, generosity=generosity, **SMALL)
+        assert same(log, other, ("user", "item", "time")) and same(truth, other_truth, truth._fields)
+        added = other.reward_raw - log.reward_raw
+        assert np.allclose(added, generosity * ((truth.habit - .5) / .05 ** .5)[log.user])
+    users = bandit.make(0, num_users=20_000, num_items=12, min_events=1, max_events=1, noise=0, generosity=3)
+    assert (users[0].reward_raw - users[1].mu[users[0].user, users[0].item - 1]).std() == pytest.approx(3, abs=.05)
+
+
 def test_the_log_is_not_in_the_satisfaction(small):
     _, truth = small
     for change in (dict(pop=3), dict(taste=0), dict(habit=0), dict(min_events=1)):
@@ -248,7 +259,7 @@ def test_a_seed_is_a_world(small, monkeypatch):
 @pytest.mark.parametrize("setting, message", [
     (dict(num_users=0), "num_users 0"), (dict(max_events=40), "max_events < num_items"), (dict(min_events=13), "13 to 12"), (dict(min_events=0), "0 to 12"),
     (dict(autoplay=1.1), "autoplay 1.1"), (dict(bait_share=-.1), "bait_share -0.1"), (dict(noise=-1), "noise -1"), (dict(noise=math.nan), "noise nan"),
-    (dict(noise_spread=-1), "noise_spread -1"), (dict(taste=math.inf), "taste inf")])
+    (dict(noise_spread=-1), "noise_spread -1"), (dict(generosity=-1), "generosity -1.*units"), (dict(taste=math.inf), "taste inf")])
 def test_impossible_settings(setting, message):
     with pytest.raises(ValueError, match=message):
         bandit.make(0, **SMALL | setting)

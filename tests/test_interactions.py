@@ -363,7 +363,7 @@ def test_rewards_by_hand():
     assert rewards(log, part, "watch_ratio").tolist() == [.5, 5, .5]
     assert rewards(log, part, "signals:is_like=1,is_hate=-.5").tolist() == [1, -.5, 1]
     assert rewards(log, part, "signals:is_like=4", scale="std").tolist() == [2, 0, 2] and log.report[-1].endswith("2.0000, divided by it")
-    for how, message in (("stars", "expected raw, watch_ratio"), ("signals:is_lik=1", "did you mean is_like"), ("signals:is_like", "expected NAME=WEIGHT"),
+    for how, message in (("stars", "expected raw, centered, watch_ratio"), ("signals:is_lik=1", "did you mean is_like"), ("signals:is_like", "expected NAME=WEIGHT"),
                          ("signals:is_like=1,is_like=2", "each name once")):
         with pytest.raises(ValueError, match=message):
             rewards(log, part, how)
@@ -373,6 +373,13 @@ def test_rewards_by_hand():
         rewards(made([(1, 2, 0)]), np.zeros(1, np.int8), "percentile")
     with pytest.raises(ValueError, match="durations above 0, found 0 s in record 2"):
         rewards(made([(1, 2, 0), (2, 2, 0)], play=[1, 1], duration=[1, 0]), np.zeros(2, np.int8), "percentile")
+
+
+def test_centered_rewards_by_hand():
+    """Less the mean of what the same user gave before; the train mean, (5 + 1 + 2) / 3, stands in for a user's first."""
+    log = made([(1, 5, 0), (2, 1, 1), (3, 3, 2)], [(1, 2, 0), (2, 4, 1)])
+    part = np.array([TRAIN, TRAIN, TEST, TRAIN, TEST], np.int8)
+    assert rewards(log, part, "centered").tolist() == pytest.approx([5 - 8 / 3, 1 - 5, 3 - 3, 2 - 8 / 3, 4 - 2])
 
 
 def test_percentiles_by_hand():
@@ -396,7 +403,7 @@ def test_percentiles_of_equal_values_are_a_half_and_the_future_changes_none(log,
     assert (rewards(log, part, "percentile") == .5).all()
     play = np.array(draw(), float)
     later = np.where(part == TRAIN, play, play + data.draw(st.integers(-50, 50)))
-    for how in ("percentile", "top25", "raw", "watch_ratio"):
+    for how in ("percentile", "top25", "raw", "centered", "watch_ratio"):
         one, other = (log._replace(signals=log.signals | {"play": values}, reward_raw=values, report=[]) for values in (play, later))
         assert np.array_equal(rewards(one, part, how)[part == TRAIN], rewards(other, part, how)[part == TRAIN]) and one.report[-1] == other.report[-1]
         if (part == TRAIN).any() and rewards(one, part, how)[part == TRAIN].std() > 0:

@@ -201,11 +201,11 @@ def test_training_never_sees_the_truth_and_methods_never_the_judges_rewards(monk
 def test_every_setting_of_the_world_is_a_flag():
     """What the log follows, and what is in it, reaches the world; --init with another one is refused (see above) since each is of the world."""
     plain = train_asft.open_world(Config(**SMALL))
-    for key, value in dict(taste=0.0, pop=3.0, habit=0.0, bait_share=.5, noise=0.0, noise_spread=1.0, autoplay=1.0).items():
+    for key, value in dict(taste=0.0, pop=3.0, habit=0.0, bait_share=.5, noise=0.0, noise_spread=1.0, autoplay=1.0, generosity=2.0).items():
         world = train_asft.open_world(Config(**SMALL | {key: value}))
         assert key in train_asft.OF_INIT
         clicks, rewards = np.array_equal(world.log.item, plain.log.item), np.array_equal(world.log.reward_raw, plain.log.reward_raw)
-        assert (clicks, rewards) == (key in ("noise", "noise_spread", "autoplay"), False), key
+        assert (clicks, rewards) == (key in ("noise", "noise_spread", "autoplay", "generosity"), False), key
         assert (world.truth.bait.mean() > .4) == (key == "bait_share")
 
 
