@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import kernels
 from common import progress, random_key
 from model import LoRALinear, rms_norm, rotate, rotations
 
@@ -173,17 +174,13 @@ def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
     if temperature == 0:
         token = logits[:, :num_tokens].argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    if top_p == 1:
+        return kernels.sample(logits, u, temperature=temperature, num_tokens=num_tokens)
     logps = (logits / temperature).log_softmax(-1)
-    probs = logps[:, :num_tokens].double().exp()
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p             # tokens before which the mass was already there
-        probs = probs.masked_fill(beyond.gather(1, order.argsort(-1)), 0.0)
-    running = probs.cumsum(-1)
-    total = running[:, -1:]
-    below = torch.minimum(u[:, None] * total, total.nextafter(total.new_zeros(())))      # rounding may leave u at the very end, past all mass
-    token = torch.searchsorted(running, below, right=True).clamp(max=probs.shape[1] - 1)                      # only for nan, which training refuses
-    return token[:, 0], logps.gather(1, token)[:, 0]
+    ordered, order = logps[:, :num_tokens].double().exp().sort(dim=-1, descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p                 # tokens before which the mass was already there
+    token, _ = kernels.sample(logps[:, :num_tokens].masked_fill(beyond.gather(1, order.argsort(-1)), -math.inf), u)
+    return token, logps.gather(1, token[:, None])[:, 0]
 
 
 # -----------------------------------------------------------------------------

@@ -7,13 +7,15 @@ import os
 import torch
 
 from kernels import reference
+from kernels.decode import decode_attention as _decode_attention
 from kernels.gae import gae as _gae
 from kernels.hstu import hstu_attention as _hstu_attention
 from kernels.hstu import time_buckets as _time_buckets
 from kernels.linear_logprob import LogProb
 from kernels.linear_logprob import linear_logprob as _linear_logprob
+from kernels.sample import sample as _sample
 
-__all__ = ["LogProb", "gae", "hstu_attention", "linear_logprob", "time_buckets"]
+__all__ = ["LogProb", "decode_attention", "gae", "hstu_attention", "linear_logprob", "sample", "time_buckets"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_MAX_CHUNK = 16384
@@ -117,6 +119,58 @@ def time_buckets(timestamps):
     if timestamps.is_cuda and timestamps.shape[1] > HSTU_MAX_SHORT and _has_triton():
         return None
     return _time_buckets(timestamps)
+
+
+def sample(logits, u, *, temperature=1.0, num_tokens=None, backend="auto"):
+    """-> (token (B,) int64, logp (B,) fp32): the first token whose running mass under softmax(logits / temperature) exceeds u, and its log-probability.
+
+    logits       (B, V) fp32, bf16 or fp16; -inf masks a token out
+    u            (B,) fp64 in [0, 1): one number decides, so a sample depends on nothing but its logits and u
+    temperature  above 0
+    num_tokens   columns from there on pad the vocabulary: never drawn, but part of the distribution that logp speaks of
+    backend      "auto", "triton", "torch" or "reference" (torch in fp64). kernels/sample.py says how
+    """
+    num_tokens = logits.shape[-1] if num_tokens is None else num_tokens
+    if logits.ndim != 2 or u.shape != logits.shape[:1] or u.dtype != torch.float64 or u.device != logits.device:
+        raise ValueError(f"expected logits (B, V) and u (B,) float64 on one device, found {tuple(logits.shape)} on {logits.device} and {tuple(u.shape)} "
+                         f"{u.dtype} on {u.device}")
+    if not temperature > 0 or not 0 < num_tokens <= logits.shape[1]:
+        raise ValueError(f"expected temperature above 0 and num_tokens of 1 to {logits.shape[1]}, found {temperature} and {num_tokens}")
+    path = _pick(backend, logits)
+    return _sample(logits.double() if path == "reference" else logits, u, temperature, num_tokens, use_triton=path == "triton")
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, splits=None, backend="auto"):
+    """Attention of one query per row over the first `lengths` positions of the row's cache: (B, Hq, d) in q's dtype.
+
+    q                 (B, Hq, d) bf16, fp16, fp32 or fp64, contiguous
+    k_cache, v_cache  (slots, Hkv, T, d) of q's dtype, with slots >= B: row b is slot b. Hq is a multiple of Hkv; what lies beyond a length may be
+                      anything, nan included
+    lengths           (B,) int32, 0 to T: of length 0 the result is 0. On the device: the call waits for nothing
+    splits            parts of the positions that are worked on apart, for few rows on a GPU; default by the number of rows
+    backend           "auto", "triton" (d a power of 2 from 16, at most 16 query heads for a key head), "torch" or "reference"
+    """
+    B, Hq, d = q.shape
+    if (k_cache.ndim != 4 or v_cache.shape != k_cache.shape or k_cache.shape[0] < B or k_cache.shape[3] != d or Hq % k_cache.shape[1]
+            or lengths.shape != (B,) or lengths.dtype != torch.int32):
+        raise ValueError(f"expected q (B, Hq, d), caches (slots >= B, Hkv, T, d) with Hq a multiple of Hkv, lengths (B,) int32; found {tuple(q.shape)}, "
+                         f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)}, {tuple(lengths.shape)} {lengths.dtype}")
+    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        raise ValueError(f"expected q and the caches in one dtype, found {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    path, fits = _pick(backend, q), d >= 16 and d & (d - 1) == 0 and Hq // k_cache.shape[1] <= 16
+    if path == "triton" and not fits:
+        if backend == "triton":
+            raise ValueError(f"backend='triton': expected d a power of 2 from 16 and at most 16 query heads for a key head, found {d} and "
+                             f"{Hq // k_cache.shape[1]}; use backend='torch'")
+        path = "torch"
+    if path == "triton" and not (q.is_contiguous() and k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (d, 1)):
+        raise ValueError("expected q contiguous, and both caches with the same strides and contiguous positions")
+    if path == "reference":
+        q, k_cache, v_cache, dtype = q.double(), k_cache.double(), v_cache.double(), q.dtype
+        return _decode_attention(q, k_cache, v_cache, lengths, 1, use_triton=False).to(dtype)
+    # 132 processors and a few programs on each: below about 4 x 132 programs of whole rows, rows are split
+    splits = splits or max(1, min(16, 528 // max(B * k_cache.shape[1], 1)))
+    return _decode_attention(q, k_cache, v_cache, lengths, splits, use_triton=path == "triton")
 
 
 def _pick(backend, x):

@@ -9,6 +9,9 @@ nothing to tune, and int64 row offsets, since N V passes 2^31 at 16384 rows of 1
 
 At 8192 columns and 8 warps, for sm_80 and sm_90: 36 to 118 registers and no spills in any variant, which
 tests/test_kernels_compile.py repeats without a GPU.
+
+_chunks and _pick sample tokens (kernels/sample.py): programs of _chunks are as many as rows and chunks, one of _pick reads
+the row's statistics, then one chunk again.
 """
 import torch
 import triton
@@ -82,6 +85,54 @@ def _dz(x_ptr, bias_ptr, targets_ptr, lse_ptr, shift_ptr, base_ptr, g_entropy_pt
     tl.store(dz_ptr + row * dz_stride + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < n_load)
 
 
+@triton.jit(do_not_specialize=["V", "num_tokens"])
+def _chunks(x_ptr, stats_ptr, V, num_tokens, n_load, x_stride, inv_temperature, BLOCK: tl.constexpr):
+    """stats (B, 3, C): maximum of a chunk, sum of e^(z - maximum), and that of the columns that may be drawn."""
+    row, c, C = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    cols, z = _tempered(x_ptr, row, c, V, n_load, x_stride, inv_temperature, BLOCK)
+    z_max = tl.max(z, 0)
+    e = tl.exp(z - tl.where(z_max == -float("inf"), 0.0, z_max))
+    out = stats_ptr + row * 3 * C + c
+    tl.store(out, z_max)
+    tl.store(out + C, tl.sum(e, 0))
+    tl.store(out + 2 * C, tl.sum(tl.where(cols < num_tokens, e, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["V", "num_tokens", "C"])
+def _pick(x_ptr, stats_ptr, u_ptr, token_ptr, logp_ptr, V, num_tokens, C, n_load, x_stride, inv_temperature,
+          CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    chunks = tl.arange(0, CHUNKS)
+    stats = stats_ptr + row * 3 * C + chunks
+    maxima = tl.load(stats, mask=chunks < C, other=-float("inf"))
+    z_max = tl.max(maxima, 0)
+    w = tl.exp(maxima - z_max)
+    total = tl.sum(w * tl.load(stats + C, mask=chunks < C, other=0.0), 0)
+    mass = (w * tl.load(stats + 2 * C, mask=chunks < C, other=0.0)).to(tl.float64)
+
+    # the first chunk that has mass and whose running mass exceeds the point; should rounding leave none, the last that has mass
+    point = tl.load(u_ptr + row) * tl.sum(mass, 0)
+    c = tl.min(tl.where((tl.cumsum(mass, 0) > point) & (mass > 0), chunks, CHUNKS), 0)
+    c = tl.where(c == CHUNKS, tl.max(tl.where(mass > 0, chunks, 0), 0), c)
+    before, own = tl.sum(tl.where(chunks < c, mass, 0.0), 0), tl.sum(tl.where(chunks == c, mass, 0.0), 0)
+    share = ((point - before) / own).to(tl.float32)
+
+    cols, z = _tempered(x_ptr, row, c, V, n_load, x_stride, inv_temperature, BLOCK)
+    e = tl.exp(z - tl.sum(tl.where(chunks == c, maxima, 0.0), 0))
+    e = tl.where(cols < num_tokens, e, 0.0)
+    token = tl.min(tl.where((tl.cumsum(e, 0) > share * tl.sum(e, 0)) & (e > 0.0), cols, V), 0)
+    token = tl.where(token == V, tl.max(tl.where(e > 0.0, cols, 0), 0), token)
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(logp_ptr + row, (tl.sum(tl.where(cols == token, z, 0.0), 0) - z_max) - tl.log(total))
+
+
+@triton.jit
+def _tempered(x_ptr, row, c, V, n_load, x_stride, inv_temperature, BLOCK: tl.constexpr):
+    cols = c * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_load, other=0.0).to(tl.float32)
+    return cols, tl.where(cols < V, x * inv_temperature, -float("inf"))
+
+
 def stats(x, bias, targets, first, temperature, softcap, z_y, chunk_max, chunk_sum, chunk_dot, save=None):
     """Statistics of one chunk of raw logits x (N, n), columns `first` and up of the vocabulary. Writes z_y where the
     target is in the chunk, chunk_max, chunk_sum, chunk_dot ((N,) fp32 each), and e^(z - max) into save (N, n)."""
@@ -104,6 +155,25 @@ def dz(x, bias, shift, targets, first, temperature, softcap, lse, base, g_entrop
                   n, _round_up(n), first, x.stride(0), out.stride(0), softcap or 1.0, 1.0 / temperature,
                   HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
                   HAS_ENTROPY=g_entropy is not None, SAVED=shift is not None, **_shape(n))
+
+
+def sample(x, u, temperature, num_tokens, chunk):
+    """x (B, V) logits, whole vectors of 16 per row (kernels.sample.padded), u (B,) fp64 -> token (B,) int64, logp (B,) fp32."""
+    B, V = x.shape
+    shape = _shape(min(chunk, V))
+    C = -(-V // shape["BLOCK"])
+    chunk_stats = torch.empty(B, 3, C, device=x.device)
+    token, logp = torch.empty(B, dtype=torch.int64, device=x.device), torch.empty(B, device=x.device)
+    with torch.cuda.device_of(x):
+        _chunks[(B, C)](x, chunk_stats, V, num_tokens, _round_up(V), x.stride(0), 1.0 / temperature, **shape)
+        _pick[(B,)](x, chunk_stats, u, token, logp, V, num_tokens, C, _round_up(V), x.stride(0), 1.0 / temperature,
+                    CHUNKS=triton.next_power_of_2(C), **_pick_shape(shape))
+    return token, logp
+
+
+def _pick_shape(shape):
+    # a running sum takes more registers than the rest: half as many columns for each thread
+    return dict(shape, num_warps=min(2 * shape["num_warps"], 16))
 
 
 def _round_up(n):
