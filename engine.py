@@ -91,15 +91,17 @@ def decoder_weights(model):
 
 def decode(model, weights, cache, new_ids, lengths):
     """extend for one id in each of the first B rows: Transformer.forward in half the calls, since a step of a small batch is all overhead.
-    weights: decoder_weights(model). Has no gradient. -> logits (B,V) fp32"""
+    new_ids, lengths: lists, or int64 (B,) on the device: then nothing waits for the host. weights: decoder_weights(model). Has no gradient.
+    -> logits (B,V) fp32"""
     c, B, device = model.config, len(new_ids), model.lm_head.weight.device
-    H, Hkv, eps = c.num_heads, c.num_kv_heads, c.norm_eps
-    ids, positions = torch.tensor(new_ids, device=device), torch.tensor(lengths, device=device).clamp(max=cache.k.shape[3] - 1)
+    H, Hkv, eps, on_host = c.num_heads, c.num_kv_heads, c.norm_eps, isinstance(lengths, list)
+    ids, ends = (torch.as_tensor(x, device=device) for x in (new_ids, lengths))
+    positions = ends.clamp(max=cache.k.shape[3] - 1)
     # many small products: all positions are read, used or not, since memory streams through without gaps three times as fast
     whole = device.type == "cpu" and B * H >= MANY_ROWS
-    cache.rows, cache.used = slice(0, B), cache.k.shape[3] if whole else min(max(lengths) + 1, cache.k.shape[3])
+    cache.rows, cache.used = slice(0, B), min(max(lengths) + 1, cache.k.shape[3]) if on_host and not whole else cache.k.shape[3]
     cos, sin = cache.cos[positions, None], cache.sin[positions, None]                                       # (B, 1, K)
-    mask = cache.mask(positions[:, None]) if min(lengths) + 1 < cache.used else None              # of one length: all see all
+    mask = cache.mask(positions[:, None]) if on_host and min(lengths) + 1 < cache.used else None  # of one length: all see all
     product = lambda x, weight, bias: x @ weight if bias is None else torch.addmm(bias, x, weight)
     at = ((torch.arange(B, device=device)[:, None] * Hkv + torch.arange(Hkv, device=device)) * cache.k.shape[3] + positions[:, None]).flatten()
     x = model.model.embed_tokens(ids).to(model.compute_dtype)
@@ -108,17 +110,63 @@ def decode(model, weights, cache, new_ids, lengths):
         qk = rotate(qk if qk_norm is None else rms_norm(qk, qk_norm, eps), cos, sin)
         for all_rows, new in ((all_k, qk[:, H:]), (all_v, v)):
             all_rows.view(-1, c.head_dim).index_copy_(0, at, new.reshape(-1, c.head_dim))
-        k, v = all_k[:B, :, :cache.used], all_v[:B, :, :cache.used]                                         # (B, Hkv, keys, K)
-        q = qk[:, :H].reshape(B, Hkv, H // Hkv, c.head_dim)                                                 # heads of one key are rows of one product
-        if not whole:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if not on_host:
+            y = kernels.decode_attention(qk[:, :H].contiguous(), all_k, all_v, (positions + 1).int())
         else:
-            scores = (q * c.head_dim ** -0.5) @ k.mT
-            y = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
+            k, v = all_k[:B, :, :cache.used], all_v[:B, :, :cache.used]                                     # (B, Hkv, keys, K)
+            q = qk[:, :H].reshape(B, Hkv, H // Hkv, c.head_dim)                                             # heads of one key are rows of one product
+            if whole:
+                scores = (q * c.head_dim ** -0.5) @ k.mT
+                y = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + product(y.reshape(B, -1), *o)
         gate, up = product(rms_norm(x, mlp_norm, eps), *gate_up).chunk(2, dim=-1)
         x = x + product(F.silu(gate).mul_(up), *down)
     return head_logits(model.model.norm(x), model.lm_head.weight)
+
+
+class Window:
+    """Several steps of decoding and sampling with one look of the host at their end; on CUDA a step is a graph that is captured once for a number of
+    rows. Ids beyond a sample's end are computed, too, and dropped by whoever reads the window: what they wrote to the cache lies beyond that end."""
+
+    def __init__(self, model, weights, cache, num_rows, num_steps, temperature, top_p, num_tokens):
+        device = model.lm_head.weight.device
+        self.state = torch.zeros(4, num_rows, dtype=torch.int64, device=device)         # ids, lengths, keys, numbers of the next ids in their samples
+        self.tokens = torch.zeros(num_steps, num_rows, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(num_steps, num_rows, device=device)
+        self.now = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def step():
+            ids, lengths, keys, numbers = self.state
+            token, logp = sample(decode(model, weights, cache, ids, lengths), uniform(keys, numbers), temperature, top_p, num_tokens)
+            self.tokens.index_copy_(0, self.now, token[None])
+            self.logps.index_copy_(0, self.now, logp[None])
+            ids.copy_(token)
+            for counter in (lengths, numbers, self.now):
+                counter.add_(1)
+
+        self.step = step
+        if device.type == "cuda":
+            self.state[1] = cache.k.shape[3]                            # clamped to the last position, which holds no sample's id
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):                                      # kernels are compiled, and workspaces made, before the capture
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                step()
+            self.step = self.graph.replay
+
+    def run(self, state, num_steps):
+        """state: ids, lengths, keys, numbers, int64 (4, rows) on the host -> tokens, logps: num_steps lists of a number for each row."""
+        self.state.copy_(state)
+        self.now.zero_()
+        for _ in range(num_steps):
+            self.step()
+        return self.tokens[:num_steps].tolist(), self.logps[:num_steps].tolist()
 
 
 def extend(model, cache, rows, new_ids, lengths):
@@ -154,14 +202,22 @@ def head_logits(hidden, weight):
 
 
 def uniform(keys, positions):
-    """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,) on the CPU. The same bits for every device."""
-    def mix(x):                                                    # products wrap
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-        return x ^ (x >> 31)
-    golden = 0x9E3779B97F4A7C15
-    keys, positions = (x.numpy().view(np.uint64) for x in (keys, positions))
-    return torch.from_numpy((mix(mix(keys + positions * golden) + golden) >> 11) * 2.0 ** -53)
+    """fp64 in [0, 1): a hash (splitmix64) of (key of the sample, position), both int64 (B,) on one device. The same bits on every device."""
+    if keys.is_cuda:
+        return splitmix(keys, positions, lambda n: n - 2**64 if n >= 2**63 else n, lambda x, n: (x >> n) & (2**(64 - n) - 1)).double() * 2.0 ** -53
+    # numpy has unsigned numbers, and less to do for each of a few rows
+    bits = splitmix(*(x.numpy().view(np.uint64) for x in (keys, positions)), lambda n: n, lambda x, n: x >> n)
+    return torch.from_numpy(bits * 2.0 ** -53)
+
+
+def splitmix(keys, positions, constant, shift):
+    """53 bits of 64-bit integers whose products wrap. constant: of an unsigned number; shift: to the right, zeros come in."""
+    def mix(x):
+        x = (x ^ shift(x, 30)) * constant(0xBF58476D1CE4E5B9)
+        x = (x ^ shift(x, 27)) * constant(0x94D049BB133111EB)
+        return x ^ shift(x, 31)
+    golden = constant(0x9E3779B97F4A7C15)
+    return shift(mix(mix(keys + positions * golden) + golden), 11)
 
 
 def sample(logits, u, temperature, top_p=1.0, num_tokens=None):
@@ -204,7 +260,7 @@ def in_thread(function, *args):
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, tools=None,
-             tool_timeout=60.0, stop_ids=None, max_slots=64, desc=""):
+             tool_timeout=60.0, stop_ids=None, max_slots=64, window=None, desc=""):
     """-> per prompt, a list of num_samples Rollouts.
 
     prompts: lists of token ids (tokenizer.render_prompt makes them from messages, tokenizer.encode from text).
@@ -215,6 +271,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
       different samples run at the same time in threads, while the other samples go on; what it raises ends the whole batch.
     tool_timeout: seconds until a call is abandoned and its rollout ends as "tool_timeout".
     stop_ids: default the tokenizer's end-of-turn and end-of-text. max_slots: samples that run at once (memory). desc: draws a progress bar.
+    window: steps between looks at what was sampled; default 16 on CUDA, as a graph, and 1 elsewhere. It decides when freed rows are filled, not ids.
     """
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise ValueError("generate needs whole weights on every rank, found FSDP shards: evaluate the saved checkpoint, or use --parallel=ddp")
@@ -233,6 +290,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
     num_slots = max(min(max_slots, len(prompts) * num_samples), num_samples)
     longest, weights = max(map(len, prompts)), decoder_weights(model)
     limit = longest + max_new_tokens
+    window = window or (16 if device.type == "cuda" else 1)
     cache = Cache(model, num_slots, min(limit, longest + ROOM) if device.type == "cpu" else limit)
     rollouts = [[Rollout() for _ in range(num_samples)] for _ in prompts]
     bar = iter(progress(range(len(prompts) * num_samples), desc=desc)) if desc else None
@@ -253,21 +311,22 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         where = torch.tensor([len(rollouts[running[s][0]][running[s][1]].ids) for s in slots])
         u = uniform(keys.index_select(0, torch.tensor(slots)), where).to(device)
         tokens, logps = (x.tolist() for x in sample(logits, u, temperature, top_p, tokenizer.vocab_size))
-        append = {}
-        for slot, token, logp in zip(slots, tokens, logps):
-            prompt, number, _, turn = running[slot]
-            r = rollouts[prompt][number]
-            r.ids.append(token), r.logps.append(logp), r.mask.append(1)
-            append[slot] = [token]
-            if token in stop_ids:
-                if tools and token == tokenizer.end_of_turn_id:
-                    calling[slot] = in_thread(tools, prompt, number, r.ids[turn:]), time.monotonic()
-                    del append[slot]
-                else:
-                    finish(slot, "stop")
-            elif len(r.ids) >= max_new_tokens:
-                finish(slot, "length")
-        return {slot: ids for slot, ids in append.items() if slot in running}
+        return {slot: [token] for slot, token, logp in zip(slots, tokens, logps) if accept(slot, token, logp)}
+
+    def accept(slot, token, logp):
+        """Whether the sample goes on with this token; else it waits for a tool, or its slot is freed."""
+        prompt, number, _, turn = running[slot]
+        r = rollouts[prompt][number]
+        r.ids.append(token), r.logps.append(logp), r.mask.append(1)
+        if token in stop_ids:
+            if tools and token == tokenizer.end_of_turn_id:
+                calling[slot] = in_thread(tools, prompt, number, r.ids[turn:]), time.monotonic()
+            else:
+                finish(slot, "stop")
+        elif len(r.ids) >= max_new_tokens:
+            finish(slot, "length")
+        else:
+            return True
 
     def finish(slot, reason):
         prompt, number, _, _ = running.pop(slot)
@@ -306,7 +365,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
                 running[slot][3] = len(r.ids)
         return append
 
-    pending = {}
+    pending, windows = {}, {}
     while waiting or running:
         if calling:
             pending |= results(idle=not pending and not (waiting and len(free) >= num_samples))
@@ -348,6 +407,26 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         if slots:
             rows = range(slots[-1] + 1)
             ids, lengths = [pending.get(s, [0])[0] for s in rows], [running[s][2] if s in running else 0 for s in rows]
+            if window > 1 and weights:
+                steps = min(window, max(max_new_tokens - len(rollouts[running[s][0]][running[s][1]].ids) for s in slots))
+                reserve(min(max(lengths) + steps, limit))
+                size = min(1 << (len(rows) - 1).bit_length(), num_slots)                    # graphs for a few numbers of rows: their powers of 2
+                if windows.get(size, (None, 0))[1] != cache.k.shape[3]:
+                    windows[size] = Window(model, weights, cache, size, window, temperature, top_p, tokenizer.vocab_size), cache.k.shape[3]
+                state = torch.zeros(4, size, dtype=torch.int64)
+                numbers = [len(rollouts[running[s][0]][running[s][1]].ids) if s in pending else 0 for s in rows]
+                state[:, :len(rows)] = torch.stack([torch.tensor(ids), torch.tensor(lengths), keys[:len(rows)], torch.tensor(numbers)])
+                state[1, len(rows):] = torch.tensor([running[s][2] if s in running else 0 for s in range(len(rows), size)])
+                tokens, logps = windows[size][0].run(state, steps)
+                for s in slots:
+                    del pending[s]
+                    for step in range(steps):
+                        running[s][2] += 1
+                        if not accept(s, tokens[step][s], logps[step][s]):
+                            break
+                    else:
+                        pending[s] = [tokens[-1][s]]
+                continue
             reserve(max(lengths) + 1)
             logits = (decode(model, weights, cache, ids, lengths) if weights else
                       extend(model, cache, slice(0, len(rows)), [[i] for i in ids], lengths))

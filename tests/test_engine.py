@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import Cache, decode, decoder_weights, extend, generate, sample, uniform
+from engine import Cache, decode, decoder_weights, extend, generate, sample, splitmix, uniform
 from model import Transformer, add_lora, config_for_size
 
 END_TURN, END_TEXT = 258, 256
@@ -48,17 +48,19 @@ def test_logps_are_the_models(model, temperature):
             assert (logps_of(model, prompt, r, temperature) - torch.tensor(r.logps)).abs().max() < 1e-5
 
 
-def test_cached_equals_uncached_greedy(model):
+@pytest.mark.parametrize("window", [1, 2, 40])
+def test_cached_equals_uncached_greedy(model, window):
     """Token by token without a cache, by argmax of the whole sequence's logits."""
-    (rollout,), = generate(model, Tok(), [PROMPTS[1]], max_new_tokens=25, temperature=0, stop_ids=set())
+    (rollout,), = generate(model, Tok(), [PROMPTS[1]], max_new_tokens=25, temperature=0, stop_ids=set(), window=window)
     ids = list(PROMPTS[1])
     for _ in range(25):
         ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
     assert rollout.ids == ids[len(PROMPTS[1]):]
 
 
-def test_same_rollout_alone_batched_and_refilled(model):
-    options = dict(max_new_tokens=40, stop_ids=STOPS)
+@pytest.mark.parametrize("window", [1, 5])
+def test_same_rollout_alone_batched_and_refilled(model, window):
+    options = dict(max_new_tokens=40, stop_ids=STOPS, window=window)
     seeds = [11, 22, 33, 44, 55]
     together = generate(model, Tok(), PROMPTS, num_samples=4, seed=seeds, **options)
     refilled = generate(model, Tok(), PROMPTS, num_samples=4, seed=seeds, max_slots=6, **options)
@@ -118,6 +120,39 @@ def test_tool_results_are_appended_not_sampled(model):
     model.lm_head.weight.data.copy_(model_bias)
     assert checked >= 3 and all(ids[-1] == 33 for *_, ids in seen)
     assert all(33 not in ids[:-1] for *_, ids in seen), "a turn begins after the last tool result"
+
+
+def test_steps_without_a_look_change_nothing(model):
+    """Windows of 1, 3 and 16 steps with tools, refills, limits and top_p: every id and log-probability. Which of them end within a window differs."""
+    def play(window, **options):
+        turns = {}
+        tools = lambda p, n, ids: [7] * (1 + (p + n) % 5) if turns.setdefault((p, n), []).append(ids) or len(turns[p, n]) < 4 else None
+        return [r for g in generate(model, Tok(), PROMPTS, num_samples=4, max_new_tokens=60, max_slots=9, seed=4, tools=tools,
+                                    stop_ids={END_TURN, END_TEXT, 30, 31}, window=window, **options) for r in g]
+    for options in (dict(temperature=.8), dict(top_p=.7)):
+        one, *others = [play(window, **options) for window in (1, 3, 16)]
+        assert {r.finish_reason for r in one} == {"stop", "length"} and any(0 in r.mask for r in one) and len({len(r.ids) for r in one}) > 5
+        for other in others:
+            assert [(r.ids, r.mask, r.finish_reason, r.text) for r in one] == [(r.ids, r.mask, r.finish_reason, r.text) for r in other]
+            assert max(abs(a - b) for r, o in zip(one, other) for a, b in zip(r.logps, o.logps)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_are_graphs_on_cuda(dtype):
+    """One graph replayed is the step by step path: ids in fp32, log-probabilities in both; and those of the trainer's forward."""
+    model = Transformer(replace(config_for_size("nano", 265), num_kv_heads=1), dtype).init_weights(0).cuda()
+    for p in model.parameters():
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p) * 0.1)
+    options = dict(num_samples=8, max_new_tokens=60, max_slots=20, seed=4, stop_ids=STOPS)
+    one, graphs = (generate(model, Tok(), PROMPTS, window=window, **options) for window in (1, 16))
+    for prompt, a, b in zip(PROMPTS, one, graphs):
+        for r, o in zip(a, b):
+            if dtype == torch.float32:
+                assert r.ids == o.ids and max(abs(x - y) for x, y in zip(r.logps, o.logps)) < 1e-4
+            exact = model.logits(torch.tensor([prompt + o.ids], device="cuda")).float().log_softmax(-1)[0, len(prompt) - 1:-1].cpu()
+            exact = exact.gather(1, torch.tensor(o.ids)[:, None])[:, 0]
+            assert (exact - torch.tensor(o.logps)).abs().max() < (1e-4 if dtype == torch.float32 else .1)
 
 
 @pytest.mark.parametrize("num_samples", [2, 16])                      # attention by the kernel over what is used, and by products over all positions
@@ -234,6 +269,9 @@ def test_uniform_is_even_and_pinned():
         return x ^ (x >> 31)
     golden = 0x9E3779B97F4A7C15
     expected = (mix((mix((12345 + 7 * golden) % 2**64) + golden) % 2**64) >> 11) * 2.0**-53
+    signed, shift = lambda n: n - 2**64 if n >= 2**63 else n, lambda x, n: (x >> n) & (2**(64 - n) - 1)         # what CUDA computes with
+    keys = torch.randint(-2**63, 2**63 - 1, (1000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(splitmix(keys, torch.arange(1000), signed, shift).double() * 2.0**-53, uniform(keys, torch.arange(1000)))
     assert uniform(torch.tensor([12345]), torch.tensor([7])).item() == expected
 
 
