@@ -9,7 +9,10 @@
                                 requirements-peers.txt says how to put where this group looks
     python bench.py iql         updates of train_iql.py --task=offline beside CORL's implicit Q-learning: same networks, weights and batch of 256;
                                 requirements-peers.txt says where its one file goes
-    python bench.py head        linear_logprob beside full logits in plain torch
+    python bench.py head        linear_logprob beside full logits, torch.compile, TRL's chunked kernel, Liger and CCE: times, memory, errors
+    python bench.py gemm        matrix products with 16-bit and with fp32 results        these four are made for a GPU (bench_kernels.py) and
+    python bench.py hstu        attention of HSTU, forward and backward, by length       run at small shapes without one
+    python bench.py decode      attention over a cache, sampling, rollouts beside transformers
     python bench.py sandbox     a program in the box beside a bare interpreter that does nothing
     python bench.py             all groups
 
@@ -35,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import bench_kernels
 import checkpoint
 import engine
 import ranking
@@ -50,7 +54,6 @@ from common import parse_config, random_key, read_jsonl, write_atomically
 from data import interactions, open_sources, rewards, sandbox, toy
 from data.grading import Outcome
 from data.packing import Loader, shuffled
-from kernels import linear_logprob
 from model import Recommender, Transformer, clip_grad_norm, config_for_size, make_optimizers
 from tokenizer import Tokenizer
 
@@ -1011,50 +1014,6 @@ def bench_iql(cfg):
 
 
 # -----------------------------------------------------------------------------
-# head: hidden states and a table to log-probabilities and back
-
-HEAD_SHAPES = ((1024, 128, 272), (1024, 128, 4096), (512, 256, 32768), (256, 896, 151936))      # N, D, V
-
-
-def bench_head(cfg):
-    torch.manual_seed(0)
-    result = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for n, d, v in HEAD_SHAPES:
-        hidden, weight = torch.randn(n, d, device=device).requires_grad_(), (torch.randn(v, d, device=device) / d**0.5).requires_grad_()
-        targets, up = torch.randint(v, (n,), device=device), torch.randn(n, device=device)
-
-        def ours(entropy):
-            out = linear_logprob(hidden, weight, targets)
-            return (out.logp * up).sum() + ((out.entropy * up).sum() if entropy else 0)
-
-        def full(entropy):
-            logps = torch.nn.functional.linear(hidden, weight).log_softmax(-1)
-            loss = (logps.gather(1, targets[:, None])[:, 0] * up).sum()
-            return loss + (-(logps.exp() * logps).sum(-1) * up).sum() if entropy else loss
-
-        for entropy in (False, True):
-            times = {"ours": [], "full": []}
-            losses = {}
-            for i in range(3 + (cfg.steps if v < 10_000 else 3)):
-                for name, method in (("ours", ours), ("full", full)):
-                    hidden.grad = weight.grad = None
-                    start = time.perf_counter()
-                    loss = method(entropy)
-                    loss.backward()
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-                    times[name] += [time.perf_counter() - start] if i >= 2 else []
-                    losses[name] = loss.item()
-            assert abs(losses["ours"] - losses["full"]) < 1e-4 * n, losses
-            p50 = {k: summarize(t)["p50"] * 1e3 for k, t in times.items()}
-            label = f"N={n} D={d} V={v}" + (" with entropy" if entropy else "")
-            result[label] = p50 | dict(ratio=p50["ours"] / p50["full"])
-            print(f"{label:>40}  linear_logprob {p50['ours']:8.1f} ms  full logits {p50['full']:8.1f} ms  ratio {p50['ours'] / p50['full']:.2f}")
-    return result
-
-
-# -----------------------------------------------------------------------------
 # sandbox: what a box costs on top of the interpreter in it
 
 def bench_sandbox(cfg):
@@ -1084,8 +1043,8 @@ def bench_sandbox(cfg):
 
 
 WORKERS = {"sft": sft_worker, "dpo": dpo_worker, "grpo": rl_worker, "ppo": rl_worker, "recsys": recsys_worker, "iql": iql_worker}
-GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "iql": bench_iql, "head": bench_head,
-          "sandbox": bench_sandbox}
+GROUPS = {"sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "ppo": bench_ppo, "recsys": bench_recsys, "iql": bench_iql, "sandbox": bench_sandbox,
+          **bench_kernels.GROUPS}
 
 
 def main(cfg, groups):

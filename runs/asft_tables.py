@@ -234,7 +234,7 @@ def main(root):
     worlds, parts = load(root), []
     if not worlds:
         raise SystemExit(f"{root}: no finished run (*_s*/results.json)")
-    for name in ("noise", "bias"):
+    for name in ("noise", "bias", "scales", "scales_all", "scales_centered"):
         if name in worlds:
             runs = worlds[name]
             parts += [f"## World {name}", heads_line(runs), world_table(runs), frontier_table(runs), tolerance_table(runs), hacking_table(runs)]

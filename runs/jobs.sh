@@ -11,8 +11,8 @@ run() {
     echo "$(date +%H:%M) $name: $(tail -n 1 "$root/$name.log" | cut -c1-300)"
 }
 train() { run train_sft.py "$@"; }
-# starts a job when fewer than two are running
-spawn() { while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done; "$@" & }
+# starts a job when fewer than two (JOBS) are running
+spawn() { while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done; "$@" & }
 join() { while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done; }
 
 # where both studies start: a base that knows Python text and made-up facts, and the same mid-trained on reasoning in varied wordings
