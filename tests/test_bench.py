@@ -65,3 +65,33 @@ def test_iql_weights_of_the_peer_are_copied_head_by_head():
     close(agent.qs(target, obs, actions), torch.stack([peer.q_target.q1.net(both)[:, 0], peer.q_target.q2.net(both)[:, 0]]))
     want = torch.distributions.Normal(peer.actor.net.net(obs), peer.actor.log_std.exp()).log_prob(actions).sum(1)
     close(agent.logps(obs, actions), want)
+
+
+def test_kernel_groups_run_and_flag_what_is_wrong(monkeypatch, capsys):
+    """Every group at small shapes; a method whose entropy has no gradient, and one that drops mass, are named."""
+    import bench_kernels
+    cfg, methods = bench.Config(steps=2, warmup=0), bench_kernels.head_methods
+
+    def with_broken_ones(entropy):
+        def no_entropy_gradient(*x):
+            logp, H = bench_kernels.full_logits(*x, entropy)
+            return logp, H.detach() if entropy else None
+
+        def drops_mass(hidden, weight, targets):
+            logits = F.linear(hidden, weight)
+            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) - 3, -1e9).scatter(1, targets[:, None], logits.gather(1, targets[:, None]))
+            logps = logits.log_softmax(-1)
+            return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1) if entropy else None
+        return methods(entropy) | dict(flat=no_entropy_gradient, cut=drops_mass)
+
+    monkeypatch.setattr(bench_kernels, "HEAD_SHAPES", ((64, 16, 272),))
+    monkeypatch.setattr(bench_kernels, "head_methods", with_broken_ones)
+    found = bench_kernels.bench_head(cfg)
+    plain, entropy = (found[f"N=64 D=16 V=272 {mode}"] for mode in ("per token", "per token, with entropy"))
+    assert plain["temper"]["wrong"] == entropy["temper"]["wrong"] == plain["full logits"]["wrong"] == []
+    assert plain["flat"]["wrong"] == [] and entropy["flat"]["wrong"] == ["dh", "dw"] and set(plain["cut"]["wrong"]) == {"logp", "dh", "dw"}
+    assert "WRONG: dh, dw" in capsys.readouterr().out
+    for group in ("gemm", "hstu", "decode"):
+        found = bench_kernels.GROUPS[group](cfg)
+        assert found
+    assert found["gap"] < 1e-5 and found["engine, window default"]["logp_gap"] < 1e-4

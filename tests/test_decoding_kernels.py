@@ -211,6 +211,52 @@ def case_decode_attention_refuses():
 
 
 # -----------------------------------------------------------------------------
+# on a GPU, at the shapes of a rollout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sample_on_the_gpu(dtype):
+    """512 x 151,936: tokens of the fp64 inverse but where u falls within rounding of an edge, log-probabilities everywhere; twice the same bits, no sync."""
+    g = torch.Generator("cuda").manual_seed(0)
+    logits = (torch.randn(512, 151936, generator=g, device="cuda") * 3).to(dtype)
+    u = torch.rand(512, dtype=torch.float64, generator=g, device="cuda")
+    sample(logits, u, num_tokens=151665)                            # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token, logp = sample(logits, u, num_tokens=151665)
+        again = sample(logits, u, num_tokens=151665)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = logits.double().log_softmax(-1)
+    running = exact[:, :151665].exp().cumsum(-1)
+    at = running.gather(1, token[:, None])[:, 0]
+    before = at - exact.gather(1, token[:, None])[:, 0].exp()
+    point = u * running[:, -1]
+    assert ((point >= before - 1e-6) & (point <= at + 1e-6)).all() and token.max() < 151665
+    assert (logp - exact.gather(1, token[:, None])[:, 0]).abs().max() < 1e-5
+    assert torch.equal(token, again[0]) and torch.equal(logp, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, H, Hkv, d", [(256, 14, 2, 64), (3, 16, 8, 128)])
+def test_decode_attention_on_the_gpu(B, H, Hkv, d, dtype):
+    q, k, v = (x.cuda() for x in cached(B, H, Hkv, 1024, d, dtype))
+    lengths = torch.randint(0, 1025, (B,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).cuda()
+    for b, n in enumerate(lengths.tolist()):
+        k[b, :, n:] = v[b, :, n:] = math.nan
+    decode_attention(q, k, v, lengths)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, again = decode_attention(q, k, v, lengths), decode_attention(q, k, v, lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = decode_attention(q.double(), k.double(), v.double(), lengths, backend="reference")
+    assert (out.double() - exact).abs().max() < (2e-6 if dtype == torch.float32 else 2e-2) and torch.equal(out, again)
+
+
+# -----------------------------------------------------------------------------
 # compiled for sm_80 and sm_90: no spills, wide loads, and loads that overlap with products
 
 

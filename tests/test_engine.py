@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import Cache, decode, decoder_weights, extend, generate, sample, splitmix, uniform
+from engine import Cache, Window, decode, decoder_weights, extend, generate, sample, splitmix, uniform
 from model import Transformer, add_lora, config_for_size
 
 END_TURN, END_TEXT = 258, 256
@@ -153,6 +153,24 @@ def test_windows_are_graphs_on_cuda(dtype):
             exact = model.logits(torch.tensor([prompt + o.ids], device="cuda")).float().log_softmax(-1)[0, len(prompt) - 1:-1].cpu()
             exact = exact.gather(1, torch.tensor(o.ids)[:, None])[:, 0]
             assert (exact - torch.tensor(o.logps)).abs().max() < (1e-4 if dtype == torch.float32 else .1)
+
+
+@pytest.mark.gpu
+def test_a_window_waits_for_nothing():
+    """Between the state that goes in and the ids that come out: no sync, no new memory."""
+    model = Transformer(config_for_size("nano", 265), torch.bfloat16).init_weights(0).cuda()
+    with torch.inference_mode():
+        cache = Cache(model, 64, 200)
+        window = Window(model, decoder_weights(model), cache, 64, 16, 1.0, 1.0, 265)
+        window.run(torch.zeros(4, 64, dtype=torch.int64), 16)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(32):
+                window.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("num_samples", [2, 16])                      # attention by the kernel over what is used, and by products over all positions
