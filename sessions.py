@@ -82,6 +82,12 @@ class ModelCrowd:
         return [STYLES[i] for i in (taste @ self.embed(list(STYLES)).T).argmax(1)]
 
 
+def types_from(posterior, n, seed):
+    """posterior (U, K), rows sum to 1 -> (n,) types: of users drawn with replacement, a type each by the user's posterior."""
+    users = stream(seed, "users").integers(len(posterior), size=n)
+    return (posterior[users].cumsum(1) > stream(seed, "types").random((n, 1)) * posterior[users].sum(1, keepdims=True)).argmax(1)
+
+
 class SmallCrowd:
     """n people of data.slate.SmallWorld, all alike, of whom every policy has an exact value. A text says its move and the state that it leads to, in words
     that a bag of them keeps apart ("detail style1 details2 off0"), and nothing else counts."""
@@ -356,22 +362,26 @@ class Limits(NamedTuple):
 # What a log's turns were worth, where nobody wrote it down
 
 
-def label_rewards(model, log, embeddings):
-    """(N,) sum_k g(k) R_k(the picked column), g the posterior of the user over everything that it did in this log: a label for training, never an input.
+@torch.no_grad()
+def posterior_of_users(model, log, embeddings):
+    """-> (U, K) float64: types of the users by everything that they did in this log, and its Evidence.
 
     embeddings: (ids, (E, d)) of the log's prompts and images.
     """
-    order = np.argsort(log.user, kind="stable")                               # of sessions, as observations has them
     data = user_model.evidence(len(log.user_ids), slate.observations(log, *embeddings))
-    with torch.no_grad():
-        o = data.observations
-        logps, user = user_model.all_likelihoods(model, data)
-        g = user_model.posterior(model, logps, user, data.num_users)                                    # (U, K)
-        picked = model.utilities(o.start, o.base, o.images)[torch.arange(len(o.user)), o.choice]        # (N, K)
-        value = (g[o.user] * picked.double()).sum(1).numpy()
+    return user_model.posterior(model, *user_model.all_likelihoods(model, data), data.num_users), data
+
+
+@torch.no_grad()
+def label_rewards(model, log, embeddings):
+    """(N,) sum_k g(k) R_k(the picked column), g the posterior of the user over everything that it did in this log: a label for training, never an input."""
+    g, data = posterior_of_users(model, log, embeddings)
+    o = data.observations
+    picked = model.utilities(o.start, o.base, o.images)[torch.arange(len(o.user)), o.choice]                # (N, K)
+    order = np.argsort(log.user, kind="stable")                               # of sessions, as observations has them
     turns = np.concatenate([np.arange(log.first[s], log.first[s + 1]) for s in order])
     out = np.empty(len(log.choice))
-    out[turns] = value
+    out[turns] = (g[o.user] * picked.double()).sum(1).numpy()
     return out
 
 

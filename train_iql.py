@@ -82,6 +82,7 @@ class Config:
     novelty: float = 0.4             # what a quick win pays in it, once; 0: nothing to be tempted by (ours)
     deviation: float = 0.2           # of persons of it from their type (ours)
     sim_sessions: int = 6000         # sessions that are simulated (ours; PASTA had 30,000)
+    sim_types: str = "prior"         # their types: by the user model's shares, or as in the file of sessions whose users' posteriors they follow
     behavior: str = "random"         # random, myopic, noisy: who shows the slates in them, with shares as random:.5,myopic:.3,noisy:.2 (ours)
     horizon: int = 5                 # turns (PASTA)
     slate_size: int = 4              # columns (PASTA)
@@ -363,6 +364,10 @@ def open_sessions(cfg, crowds, propose, name):
         return slate.joined(logs), np.concatenate(rewards), np.concatenate(weights), None
     seed = random_key(cfg.seed, "simulated", name) % 2**31
     crowd = crowds.make(name, cfg.sim_sessions, seed)
+    if cfg.sim_types != "prior" and name == cfg.simulator:
+        log = slate.read(cfg.sim_types, cfg.slate_size, cfg.max_per_category == 1)
+        posterior, _ = sessions.posterior_of_users(crowds.models[name], log, open_embeddings(cfg.embeddings))
+        crowd.kind = sessions.types_from(posterior.numpy(), cfg.sim_sessions, seed)
     behavior = sessions.behavior_policy(sessions.parse_behavior(cfg.behavior))
     found = sessions.simulate(crowd, crowds.starts(cfg.sim_sessions, seed)[0], behavior, seed=seed, source=f"sim:{crowd_name(name)}",
                               **settings_of(cfg, propose))
@@ -416,6 +421,10 @@ def check_slate(cfg):
     if not 0 < cfg.expectile < 1 or not 0 <= cfg.gamma <= 1 or not 0 < cfg.rho <= 1 or not 0 < cfg.val_share < 1:
         raise ValueError(f"expected --expectile in (0, 1), --gamma in [0, 1], --rho in (0, 1] and --val_share in (0, 1), found {cfg.expectile}, {cfg.gamma}, "
                          f"{cfg.rho}, {cfg.val_share}")
+    if cfg.sim_types != "prior" and (cfg.simulator in ("world", "small") or not Path(cfg.sim_types).is_file()):
+        raise ValueError(f"--sim_types={cfg.sim_types}: expected prior, or a file of sessions and with it --embeddings and the folder of a user model as "
+                         f"--simulator, which knows types by what people picked; found --simulator={cfg.simulator}"
+                         + ("" if Path(cfg.sim_types).is_file() else ", and no such file"))
     for key, least in dict(horizon=1, slate_size=1, images_per_prompt=1, max_per_category=0, candidates_per_category=1, sim_sessions=10, num_steps=1,
                            batch_size=1, device_batch_size=1, log_every=1, eval_every=0, save_every=0, eval_people=2, val_people=1, cql_alpha=0).items():
         if getattr(cfg, key) < least:

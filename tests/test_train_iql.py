@@ -583,6 +583,29 @@ def test_rewards_of_a_user_model_against_a_loop(users):
             assert got[n] == pytest.approx(float((score[log.user[s]].softmax(0) * R[n][log.choice[n]]).sum()), abs=1e-5)
 
 
+def test_types_of_simulated_people_follow_real_users(users, no_pictures):
+    """--sim_types=FILE: each is a user's, drawn by what the user model says of the user's picks; without, the model's own shares."""
+    table = np.array([[1.0, 0, 0], [0, 1.0, 0], [.2, .3, .5]])
+    kinds = sessions.types_from(table, 30_000, 0)
+    assert np.allclose(np.bincount(kinds, minlength=3) / 30_000, table.mean(0), atol=.01)
+    assert np.array_equal(kinds, sessions.types_from(table, 30_000, 0)) and not np.array_equal(kinds, sessions.types_from(table, 30_000, 1))
+    file_of("silent.jsonl")
+    values = TINY | dict(simulator=users, sim_sessions=400)
+    cfg = Config(sim_types="silent.jsonl", embeddings="silent.npz", **values)
+    crowds = train_iql.open_crowds(cfg)
+    with torch.no_grad():
+        crowds.models[users].log_prior.copy_(torch.tensor([.02, .98]).log())
+    propose = train_iql.open_generator("template", num=2)
+    posterior, _ = sessions.posterior_of_users(crowds.models[users], slate.read("silent.jsonl", 2, True), train_iql.open_embeddings("silent.npz"))
+    *_, kinds = train_iql.open_sessions(cfg, crowds, propose, users)
+    assert len(kinds) == 400 and np.mean(kinds) == pytest.approx(float(posterior[:, 1].mean()), abs=.05)
+    *_, prior = train_iql.open_sessions(Config(**values), crowds, propose, users)
+    assert np.mean(prior) == pytest.approx(.98, abs=.03)
+    for change in (dict(sim_types="no.jsonl"), dict(simulator="world"), dict(sim_types="posterior")):
+        with pytest.raises(ValueError, match="--sim_types=.*expected prior, or a file of sessions"):
+            train_iql.main(Config(**dict(sim_types="silent.jsonl", embeddings="silent.npz", **values) | change))
+
+
 def test_mixtures_are_sampled_by_weight(monkeypatch, no_pictures):
     """real:3,simulated:1: three sessions of four come from the file, though it has 20 and 60 are simulated."""
     file_of("real.jsonl", n=20, reward=50)
