@@ -479,6 +479,21 @@ def test_kill_9_in_the_second_method_and_resume_is_exact(no_pictures):
     assert all(a[k] == b[k] for k in ("results", "best", "history"))
 
 
+def test_kill_9_of_two_ranks_and_resume_is_exact():
+    values = TINY | dict(method="iql,bc", num_steps=40, save_every=20, eval_every=0, log_every=10, device_batch_size=2)
+    run(SCRIPT, *flags(name="dummy/whole", **values), ranks=2)
+    process = run(SCRIPT, *flags(name="dummy/killed", **values), ranks=2, wait=False)
+    while not Path("out/dummy/killed/step_000060").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(.002)
+    kill_9(process)
+    assert not Path("out/dummy/killed/results.json").exists()
+    run(SCRIPT, *flags(name="dummy/killed", resume="latest", **values), ranks=2)
+    for part in ("iql", "bc", "step_000060", "step_000080"):
+        assert same(weights(f"out/dummy/whole/{part}"), weights(f"out/dummy/killed/{part}")), part
+    assert metrics("dummy/whole") == metrics("dummy/killed")
+
+
 # -----------------------------------------------------------------------------
 # What a run leaves
 
