@@ -5,6 +5,7 @@ copied to the rows of its samples. Rows have their own lengths, so prompts are n
 
 What a sample becomes depends on (seed of its prompt, sample index, position) and the weights, never on its neighbours or its row.
 """
+import functools
 import math
 import threading
 import time
@@ -73,7 +74,7 @@ class Cache:
 def decoder_weights(model):
     """What decode needs, made once for many steps: products that share an input joined to one, LoRA merged, (in, out) as a product of few rows
     reads fastest on a CPU, all in the compute dtype. A second copy of the blocks' matrices, for as long as it is held.
-    None for LoRA in low precision: merged and rounded, a small update would vanish."""
+    -> (blocks, head), or None for LoRA in low precision: merged and rounded, a small update would vanish."""
     def of(*layers):
         weights = [x.weight + x.scale * x.lora_B @ x.lora_A if isinstance(x, LoRALinear) and x.scale else x.weight for x in layers]
         biases = [x.bias for x in layers if x.bias is not None]
@@ -86,7 +87,7 @@ def decoder_weights(model):
         norms = [a.q_norm.weight.expand(model.config.num_heads, -1), a.k_norm.weight.expand(model.config.num_kv_heads, -1)] if model.config.qk_norm else []
         blocks.append((block.input_layernorm.weight, of(a.q_proj, a.k_proj, a.v_proj), torch.cat(norms) if norms else None, of(a.o_proj),
                        block.post_attention_layernorm.weight, of(mlp.gate_proj, mlp.up_proj), of(mlp.down_proj)))
-    return blocks
+    return blocks, model.lm_head.weight.to(model.compute_dtype)
 
 
 def decode(model, weights, cache, new_ids, lengths):
@@ -97,15 +98,16 @@ def decode(model, weights, cache, new_ids, lengths):
     H, Hkv, eps, on_host = c.num_heads, c.num_kv_heads, c.norm_eps, isinstance(lengths, list)
     ids, ends = (torch.as_tensor(x, device=device) for x in (new_ids, lengths))
     positions = ends.clamp(max=cache.k.shape[3] - 1)
-    # many small products: all positions are read, used or not, since memory streams through without gaps three times as fast
-    whole = device.type == "cpu" and B * H >= MANY_ROWS
-    cache.rows, cache.used = slice(0, B), min(max(lengths) + 1, cache.k.shape[3]) if on_host and not whole else cache.k.shape[3]
+    many, size = device.type == "cpu" and B * H >= MANY_ROWS, cache.k.shape[3]
+    cache.rows, cache.used = slice(0, B), min(max(lengths) + 1, size) if on_host else size
+    if many and size <= 2 * cache.used:                 # many small products: memory streams through without gaps three times as fast, so read all of it
+        cache.used = size
     cos, sin = cache.cos[positions, None], cache.sin[positions, None]                                       # (B, 1, K)
     mask = cache.mask(positions[:, None]) if on_host and min(lengths) + 1 < cache.used else None  # of one length: all see all
     product = lambda x, weight, bias: x @ weight if bias is None else torch.addmm(bias, x, weight)
     at = ((torch.arange(B, device=device)[:, None] * Hkv + torch.arange(Hkv, device=device)) * cache.k.shape[3] + positions[:, None]).flatten()
-    x = model.model.embed_tokens(ids).to(model.compute_dtype)
-    for (norm, qkv, qk_norm, o, mlp_norm, gate_up, down), all_k, all_v in zip(weights, cache.k, cache.v):
+    x, (blocks, head) = model.model.embed_tokens(ids).to(model.compute_dtype), weights
+    for (norm, qkv, qk_norm, o, mlp_norm, gate_up, down), all_k, all_v in zip(blocks, cache.k, cache.v):
         qk, v = product(rms_norm(x, norm, eps), *qkv).view(B, H + 2 * Hkv, c.head_dim).split([H + Hkv, Hkv], dim=1)
         qk = rotate(qk if qk_norm is None else rms_norm(qk, qk_norm, eps), cos, sin)
         for all_rows, new in ((all_k, qk[:, H:]), (all_v, v)):
@@ -115,7 +117,7 @@ def decode(model, weights, cache, new_ids, lengths):
         else:
             k, v = all_k[:B, :, :cache.used], all_v[:B, :, :cache.used]                                     # (B, Hkv, keys, K)
             q = qk[:, :H].reshape(B, Hkv, H // Hkv, c.head_dim)                                             # heads of one key are rows of one product
-            if whole:
+            if many:
                 scores = (q * c.head_dim ** -0.5) @ k.mT
                 y = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
             else:
@@ -123,42 +125,48 @@ def decode(model, weights, cache, new_ids, lengths):
         x = x + product(y.reshape(B, -1), *o)
         gate, up = product(rms_norm(x, mlp_norm, eps), *gate_up).chunk(2, dim=-1)
         x = x + product(F.silu(gate).mul_(up), *down)
-    return head_logits(model.model.norm(x), model.lm_head.weight)
+    return head_logits(model.model.norm(x), head)
+
+
+@functools.cache
+def capture_stream(device):
+    return torch.cuda.Stream(device)                                        # one for all: each stream keeps a workspace of cuBLAS for good
 
 
 class Window:
     """Several steps of decoding and sampling with one look of the host at their end; on CUDA a step is a graph that is captured once for a number of
     rows. Ids beyond a sample's end are computed, too, and dropped by whoever reads the window: what they wrote to the cache lies beyond that end."""
 
-    def __init__(self, model, weights, cache, num_rows, num_steps, temperature, top_p, num_tokens):
+    def __init__(self, model, weights, cache, num_rows, num_steps, temperature, top_p, num_tokens, pool=None):
         device = model.lm_head.weight.device
+        self.model, self.weights, self.cache, self.sampling = model, weights, cache, (temperature, top_p, num_tokens)
         self.state = torch.zeros(4, num_rows, dtype=torch.int64, device=device)         # ids, lengths, keys, numbers of the next ids in their samples
         self.tokens = torch.zeros(num_steps, num_rows, dtype=torch.int64, device=device)
         self.logps = torch.zeros(num_steps, num_rows, device=device)
-        self.now = torch.zeros(1, dtype=torch.int64, device=device)
-
-        def step():
-            ids, lengths, keys, numbers = self.state
-            token, logp = sample(decode(model, weights, cache, ids, lengths), uniform(keys, numbers), temperature, top_p, num_tokens)
-            self.tokens.index_copy_(0, self.now, token[None])
-            self.logps.index_copy_(0, self.now, logp[None])
-            ids.copy_(token)
-            for counter in (lengths, numbers, self.now):
-                counter.add_(1)
-
-        self.step = step
+        self.now, self.graph = torch.zeros(1, dtype=torch.int64, device=device), None
         if device.type == "cuda":
-            self.state[1] = cache.k.shape[3]                            # clamped to the last position, which holds no sample's id
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):                                      # kernels are compiled, and workspaces made, before the capture
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                step()
-            self.step = self.graph.replay
+            self.state[1] = cache.k.shape[3]                                # clamped to the last position, which holds no sample's id
+            with torch.cuda.device(device):
+                stream = capture_stream(device)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self.step()                                             # kernels are compiled, and workspaces made, before the capture
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):       # tools may run in threads meanwhile
+                    self.step()
+                self.graph = graph
+
+    def step(self):
+        if self.graph:
+            return self.graph.replay()
+        ids, lengths, keys, numbers = self.state
+        token, logp = sample(decode(self.model, self.weights, self.cache, ids, lengths), uniform(keys, numbers), *self.sampling)
+        self.tokens.index_copy_(0, self.now, token[None])
+        self.logps.index_copy_(0, self.now, logp[None])
+        ids.copy_(token)
+        for counter in (lengths, numbers, self.now):
+            counter.add_(1)
 
     def run(self, state, num_steps):
         """state: ids, lengths, keys, numbers, int64 (4, rows) on the host -> tokens, logps: num_steps lists of a number for each row."""
@@ -366,6 +374,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         return append
 
     pending, windows = {}, {}
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None           # windows run in turn and may share memory
     while waiting or running:
         if calling:
             pending |= results(idle=not pending and not (waiting and len(free) >= num_samples))
@@ -410,9 +419,9 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             if window > 1 and weights:
                 steps = min(window, max(max_new_tokens - len(rollouts[running[s][0]][running[s][1]].ids) for s in slots))
                 reserve(min(max(lengths) + steps, limit))
-                size = min(1 << (len(rows) - 1).bit_length(), num_slots)                    # graphs for a few numbers of rows: their powers of 2
+                size = min(4 ** math.ceil(math.log(len(rows), 4)), num_slots)               # a capture costs some steps: few numbers of rows have a graph
                 if windows.get(size, (None, 0))[1] != cache.k.shape[3]:
-                    windows[size] = Window(model, weights, cache, size, window, temperature, top_p, tokenizer.vocab_size), cache.k.shape[3]
+                    windows[size] = Window(model, weights, cache, size, window, temperature, top_p, tokenizer.vocab_size, pool), cache.k.shape[3]
                 state = torch.zeros(4, size, dtype=torch.int64)
                 numbers = [len(rollouts[running[s][0]][running[s][1]].ids) if s in pending else 0 for s in rows]
                 state[:, :len(rows)] = torch.stack([torch.tensor(ids), torch.tensor(lengths), keys[:len(rows)], torch.tensor(numbers)])

@@ -51,7 +51,7 @@ def check(num_users, num_items, noise, noise_spread, autoplay, generosity, bait_
             raise ValueError(f"{name} {x}: expected a share in [0, 1]")
     for name, x in dict(noise=noise, generosity=generosity, noise_spread=noise_spread).items():
         if not 0 <= x < np.inf:
-            raise ValueError(f"{name} {x}: expected a number of 0 or more, in units of the reward" if name != "noise_spread" else f"{name} {x}: expected 0 or more")
+            raise ValueError(f"{name} {x}: expected a number of 0 or more" + (", in units of the reward" if name != "noise_spread" else ""))
     for name, x in weights.items():
         if not np.isfinite(x):
             raise ValueError(f"{name} {x}: expected a finite weight of the logging policy")

@@ -444,7 +444,8 @@ def split(log, how="loo", *, t_val=0, t_test=0, cold="drop"):
 def rewards(log, part, how="raw", scale="none"):
     """(N,) float32; lines about it are added to log.report.
 
-    raw: the reward column. centered: less the mean of the user's earlier events (a first event: of train events). watch_ratio: play / duration, at most 5. signals:NAME=WEIGHT,...: the weighted sum.
+    raw: the reward column. centered: less the mean of the user's earlier events (a first event: of train events).
+    watch_ratio: play / duration, at most 5. signals:NAME=WEIGHT,...: the weighted sum.
     percentile: of play time, for durations of one power of two: mid-rank (below + half of equal) among the user's train events, shrunk to that
         among all users' by SHRINK / (n + SHRINK); .5 where a bucket has no train event. top25: +1 from percentile .75 on, -1 where is_hate, else 0.
     scale=std: divided by the standard deviation of train events (nothing is subtracted: zero keeps its meaning).

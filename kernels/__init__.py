@@ -148,7 +148,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, splits=None, backend="auto
                       anything, nan included
     lengths           (B,) int32, 0 to T: of length 0 the result is 0. On the device: the call waits for nothing
     splits            parts of the positions that are worked on apart, for few rows on a GPU; default by the number of rows
-    backend           "auto", "triton" (d a power of 2 from 16, at most 16 query heads for a key head), "torch" or "reference"
+    backend           "auto", "triton" (d a power of 2 from 16 to 256, in fp32 to 128; at most 16 query heads for a key head), "torch" or "reference"
     """
     B, Hq, d = q.shape
     if (k_cache.ndim != 4 or v_cache.shape != k_cache.shape or k_cache.shape[0] < B or k_cache.shape[3] != d or Hq % k_cache.shape[1]
@@ -157,10 +157,10 @@ def decode_attention(q, k_cache, v_cache, lengths, *, splits=None, backend="auto
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)}, {tuple(lengths.shape)} {lengths.dtype}")
     if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
         raise ValueError(f"expected q and the caches in one dtype, found {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    path, fits = _pick(backend, q), d >= 16 and d & (d - 1) == 0 and Hq // k_cache.shape[1] <= 16
+    path, fits = _pick(backend, q), 16 <= d <= 512 // max(q.element_size(), 2) and d & (d - 1) == 0 and Hq // k_cache.shape[1] <= 16
     if path == "triton" and not fits:
         if backend == "triton":
-            raise ValueError(f"backend='triton': expected d a power of 2 from 16 and at most 16 query heads for a key head, found {d} and "
+            raise ValueError(f"backend='triton': expected d a power of 2 from 16 to 256 (fp32 128) and at most 16 query heads for a key head, found {d} and "
                              f"{Hq // k_cache.shape[1]}; use backend='torch'")
         path = "torch"
     if path == "triton" and not (q.is_contiguous() and k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (d, 1)):

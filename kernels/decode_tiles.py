@@ -2,7 +2,7 @@
 
 The query heads of one key head are the rows of one tile, padded to 16, the least that tensor cores take: keys and values are read once for all of
 them, and those bytes are the cost of a step. Running maximum and sum in fp32; splits leave partial results that torch merges by their log-sum-exp.
-A split beyond a row's length reads nothing. The loop is tl.range and no `while`, or loads are not pipelined (tests/test_decode_compile.py looks for
+A split beyond a row's length reads nothing. The loop is tl.range and no `while`, or loads are not pipelined (tests/test_decoding_kernels.py looks for
 cp.async). UPCAST is for the interpreter (TRITON_INTERPRET=1), which multiplies the bit patterns of bf16. On a GPU neither results nor speed have been
 checked yet.
 """
@@ -63,4 +63,4 @@ def decode_attention(q, k_cache, v_cache, lengths, splits):
 
 
 def _shape(d, dtype):
-    return dict(BLOCK=64 if d <= 64 and dtype.itemsize <= 2 else 32, num_warps=4, num_stages=3)
+    return dict(BLOCK=64 if d <= 64 and dtype.itemsize <= 2 else 16 if d >= 128 and dtype.itemsize > 2 else 32, num_warps=4, num_stages=3)

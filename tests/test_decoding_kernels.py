@@ -290,9 +290,9 @@ def test_sample_compiles(arch, dtype, compiler):
     from test_kernels_compile import resources
 
     from kernels import rows
-    shape = rows._shape(8192)
+    whole = rows._shape(8192)
     types = dict(x_ptr=f"*{dtype}", stats_ptr="*fp32", u_ptr="*fp64", token_ptr="*i64", logp_ptr="*fp32", inv_temperature="fp32")
-    for kernel, constants, shape in ((rows._chunks, {}, shape), (rows._pick, dict(CHUNKS=32), rows._pick_shape(shape))):
+    for kernel, constants, shape in ((rows._chunks, {}, whole), *((rows._pick, dict(CHUNKS=c), rows._pick_shape(whole)) for c in (1, 32))):
         made = compiled(kernel, arch, types, dict(constants, BLOCK=shape["BLOCK"]), ("n_load", "x_stride"), shape["num_warps"])
         used = resources(made, compiler)
         assert used["STACK"] == 0 and used["LOCAL"] == 0 and used["REG"] <= 128, (kernel.fn.__name__, used)
@@ -302,7 +302,7 @@ def test_sample_compiles(arch, dtype, compiler):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("d, group, dtype", [(64, 7, "bf16"), (128, 2, "bf16"), (64, 4, "fp32"), (32, 1, "bf16")])
+@pytest.mark.parametrize("d, group, dtype", [(64, 7, "bf16"), (128, 2, "bf16"), (256, 4, "bf16"), (64, 4, "fp32"), (128, 2, "fp32"), (32, 1, "bf16")])
 def test_decode_compiles(arch, d, group, dtype, compiler):
     from test_kernels_compile import resources
 

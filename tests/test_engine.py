@@ -164,9 +164,11 @@ def test_a_window_waits_for_nothing():
         window = Window(model, decoder_weights(model), cache, 64, 16, 1.0, 1.0, 265)
         window.run(torch.zeros(4, 64, dtype=torch.int64), 16)
         before = torch.cuda.memory_allocated()
+        window.now.zero_()
+        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(32):
+            for _ in range(16):
                 window.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
