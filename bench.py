@@ -67,6 +67,21 @@ class Config:
     out: str = ""                    # file for the JSON line; empty: print only
 
 
+ON_GPU = torch.cuda.is_available()           # then both sides train there in bf16 with fp32 masters
+SAME = 2e-2 if ON_GPU else 1e-5              # what first losses of equal computations may differ by, relative
+
+
+def now():
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_mb(before=0.0):
+    """The largest memory of this process so far, MiB, on the device that trains, less what it was before."""
+    return (torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) - before
+
+
 def summarize(values):
     """-> median and quartiles of a list of numbers."""
     if len(values) < 2:
@@ -92,7 +107,7 @@ def write_chats(path, num):
 
 def sft_worker(method, folder, cfg):
     """Runs in a process of its own -> {"losses", "seconds", "tokens": real tokens of each step, "memory_mb"}."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb()
     num_steps = cfg.warmup + cfg.steps
     options = dict(init=f"{folder}/model", data=f"{folder}/chats.jsonl", seq_len=SEQ_LEN, cache=f"{folder}/cache", lr=1e-3, muon_lr=0.0,
                    warmup_steps=0, decay_share=0.0, num_steps=num_steps, eval_every=num_steps + 1, eval_rows=2, seed=0)
@@ -106,7 +121,7 @@ def sft_worker(method, folder, cfg):
         lines = [line for line in read_jsonl("out/dummy/metrics.jsonl") if "train/loss" in line]
         result = dict(losses=[line["train/loss"] for line in lines], seconds=[line["time/step"] for line in lines],
                       tokens=[line["time/tokens_per_sec"] * line["time/step"] for line in lines])
-    return result | dict(memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return result | dict(memory_mb=memory_mb(before))
 
 
 def trl_steps(folder, num_steps):
@@ -131,7 +146,7 @@ def trl_steps(folder, num_steps):
 def trl_settings(folder, num_steps):
     return dict(output_dir=f"{folder}/trl", max_steps=num_steps, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0,
                 weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0, optim="adamw_torch", train_sampling_strategy="sequential",
-                report_to="none", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+                report_to="none", use_cpu=not ON_GPU, bf16=ON_GPU, fp16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
                 logging_strategy="no", seed=0, data_seed=0)
 
 
@@ -148,10 +163,10 @@ def trl_train(trainer, **options):
 
     class Timer(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
+            self.start = now()
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(time.perf_counter() - self.start)
+            seconds.append(now() - self.start)
 
     class Recorder(trainer):
         def compute_loss(self, *args, **kwargs):
@@ -194,8 +209,8 @@ def side_by_side(group, cfg, write_data):
         gaps = [abs(a - b) for a, b in zip(ours["losses"], first["trl padded"]["losses"])]
         result |= dict(step0_loss_gap=gaps[0], largest_loss_gap=max(gaps), steps_compared=len(gaps))
         print(f"loss, temper padded against trl padded: step 0 differs by {gaps[0]:.1e}, the largest of {len(gaps)} steps by {max(gaps):.1e}")
-        if gaps[0] > 1e-5:
-            raise AssertionError("the first losses differ by more than 1e-5: no time is reported for methods that compute different things")
+        if gaps[0] > SAME:
+            raise AssertionError(f"the first losses differ by more than {SAME}: no time is reported for methods that compute different things")
         by_round = lambda a, b, key: [statistics.median(x) / statistics.median(y) for x, y in
                                       zip(*[[key(r) for r in runs[m]] for m in (a, b)])]
         step = by_round("temper padded", "trl padded", lambda r: r["seconds"][cfg.warmup:])
@@ -244,7 +259,7 @@ def write_pairs(folder, num, cfg):
 
 
 def dpo_worker(method, folder, cfg):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb()
     num_steps = cfg.warmup + cfg.steps
     config = train_dpo.Config(init=f"{folder}/model", ref=f"{folder}/reference", pairs=f"{folder}/pairs.jsonl", method="sigmoid", beta=0.1,
                               lr=1e-3, pairs_per_step=PAIRS_PER_STEP, device_batch_size=PAIRS_PER_STEP, num_steps=num_steps, num_epochs=100,
@@ -262,7 +277,7 @@ def dpo_worker(method, folder, cfg):
     sizes = [len(ids) - 1 for i in order for ids, _ in data.sequences[2 * i:2 * i + 2]]
     per_step = 2 * PAIRS_PER_STEP
     return result | dict(tokens=[sum(sizes[i:i + per_step]) for i in range(0, len(sizes), per_step)],
-                         memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+                         memory_mb=memory_mb(before))
 
 
 def trl_dpo(folder, num_steps, pairs):
@@ -305,7 +320,7 @@ PPO_UPDATES, RL_LR, RL_TASK = 4, 1e-4, "math_en"
 class Clock:
     """Seconds of each part of each step: [of the wall, of this process's CPU]. One thread that waits for nothing: they differ where the machine
     does something else meanwhile."""
-    now = staticmethod(lambda: np.array([time.perf_counter(), time.process_time()]))
+    now = staticmethod(lambda: np.array([now(), time.process_time()]))
 
     def __init__(self):
         self.parts = {part: [] for part in ("step", "generate", "score", "update")}
@@ -375,14 +390,14 @@ def rl_temper(group, shape, folder, cfg):
 
 def rl_worker(method, folder, cfg):
     """-> {"step", "generate", "score", "update": seconds of each step (Clock), "computed": {name: number of each step}, "memory_mb"}."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb()
     name, group, shape = method.split()
     shape = tuple(map(int, shape.split("x")))
     if name == "temper":
         result = rl_temper(group, shape, folder, cfg)
     else:
         result = (trl_ppo if group == "ppo" else trl_grpo)(shape, folder, cfg)
-    return result | dict(memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return result | dict(memory_mb=memory_mb(before))
 
 
 def trl_grpo(shape, folder, cfg):
@@ -526,8 +541,8 @@ def bench_rl(group, cfg, missing):
             all_gaps[key] = gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(values[:cfg.warmup], theirs[0]["computed"][key])]
             print(f"{key}, on the same samples: {values[0]:.6f} and {theirs[0]['computed'][key][0]:.6f}, apart by {gaps[0]:.1e}; the largest of "
                   f"{len(gaps)} steps {max(gaps):.1e}")
-        if any(gaps[0] > 1e-5 for gaps in all_gaps.values()):
-            raise AssertionError("the first steps differ by more than 1e-5: no time is reported for methods that compute different things")
+        if any(gaps[0] > SAME for gaps in all_gaps.values()):
+            raise AssertionError(f"the first steps differ by more than {SAME}: no time is reported for methods that compute different things")
         for name, times in row.items():
             print(f"{name:>10}  " + "  ".join(f"{part} {times[part]['p50']:.1f} ms [{times[part]['p25']:.1f}, {times[part]['p75']:.1f}]"
                                               for part in ("step", "generate", "score", "update"))
@@ -680,8 +695,8 @@ def rec_facts(lengths, targets, test_lengths, test_targets):
 
 def recsys_worker(method, folder, cfg):
     """-> what rec_steps and rec_evaluations say, "facts", "memory_mb", and "gaps" of what must be equal."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = lambda: dict(memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    before = memory_mb()
+    memory = lambda: dict(memory_mb=memory_mb(before))
     if method == "recbole sasrec":
         return recbole_sasrec(folder, cfg) | memory()
     name, backbone = method.split()
@@ -940,7 +955,7 @@ def iql_update(cfg, agent, target, optimizer, batch):
 
 def iql_worker(method, folder, cfg):
     """-> {"seconds": [wall, CPU] of each update, "losses": of the last, "memory_mb"}; compare iql: {"gaps": relative gap of each loss, by update}."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb()
     warmup, num_updates = IQL_UPDATES * cfg.warmup, IQL_UPDATES * (cfg.warmup + cfg.steps)
     name, log, seconds = method.split()[0], iql_log(), []
     if name != "temper":
@@ -977,7 +992,7 @@ def iql_worker(method, folder, cfg):
         start = Clock.now()
         losses = update(i)
         seconds.append((Clock.now() - start).tolist())
-    return dict(seconds=seconds[warmup:], losses=[float(x) for x in losses], memory_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return dict(seconds=seconds[warmup:], losses=[float(x) for x in losses], memory_mb=memory_mb(before))
 
 
 def bench_iql(cfg):

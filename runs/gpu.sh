@@ -3,8 +3,9 @@
 #   tests    pytest -m gpu
 #   kernels  bench.py gemm head hstu decode, beside whichever peers are installed (requirements-peers.txt; liger_kernel, cut_cross_entropy)
 #   sft      tokens per second and MFU of training steps of Qwen3's 0.6B shape, 16k packed tokens a step, and that nothing is compiled anew
+#   steps    training steps and rollouts of a 0.44B model beside TRL's: bench.py sft dpo grpo
 #   learn    the quickstart's recipe with curves
-# PARTS="tests kernels" bash runs/gpu.sh runs some. Not yet run on a GPU by us. bench.py sft, dpo and grpo compare with TRL on a CPU and are not here.
+# PARTS="tests kernels" bash runs/gpu.sh runs some. Not yet run on a GPU by us.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
@@ -36,11 +37,12 @@ middle = lambda key: sorted(line[key] for line in steps if key in line)[len(step
 print({key: middle(key) for key in ("time/step", "time/tokens_per_sec", "time/mfu")})
 PY
 }
-for name in ${PARTS:-tests kernels sft learn}; do
+for name in ${PARTS:-tests kernels sft steps learn}; do
     case $name in
     tests)   part tests python -m pytest -q -m gpu ;;
     kernels) for group in gemm head hstu decode; do LINES_SHOWN=40 part $group python bench.py $group --out=$root/$group.json; done ;;
     sft)     part sft_false sft false; part sft_true sft true ;;
+    steps)   for group in sft dpo grpo; do part $group python bench.py $group --size=base --rounds=2 --steps=8 --out=$root/$group.json; done ;;
     learn)   part learn bash runs/quickstart.sh ;;
     esac
 done
