@@ -121,7 +121,7 @@ class Config:
     num_steps: int = -1              # rounds; auto: by num_epochs
     num_epochs: int = -1             # passes over the prompts; auto: 6 below 1,000 prompts, 3 below 5,000, else 1
     device_batch_size: int = 16      # rows per forward pass and device: lower when memory runs out, the result stays the same; auto: as many as fit
-    lr: float = -1.0                 # peak rate of AdamW; auto: 1e-3 below 20M parameters, 1e-6 up to 3B, LoRA 3e-5
+    lr: float = -1.0                 # peak rate of AdamW; auto: 1e-3 below 20M parameters (5e-4 for several updates a step), 1e-6 up to 3B, LoRA 3e-5
     weight_decay: float = 0.0        # on matrices
     warmup_steps: int = 10           # steps of linear warm-up
     decay_share: float = 0.0         # the last share of the run goes linearly to rate 0
@@ -328,7 +328,8 @@ def resolve(cfg, parameters, num_prompts, max_new_tokens):
     auto = lambda key, value: getattr(cfg, key) if getattr(cfg, key) != -1 else value
     per_step = auto("prompts_per_step", max(8, 2 ** int(math.log2(max(1, min(64, num_prompts / 16))))))
     epochs = auto("num_epochs", 6 if num_prompts < 1000 else 3 if num_prompts < 5000 else 1)
-    lr = auto("lr", 1e-3 if parameters < 20e6 else 3e-5 if cfg.lora_rank else 7e-7 if parameters > 3.5e9 else 1e-6)
+    small = 5e-4 if cfg.num_minibatches * cfg.num_epochs_per_step > 1 else 1e-3
+    lr = auto("lr", small if parameters < 20e6 else 3e-5 if cfg.lora_rank else 7e-7 if parameters > 3.5e9 else 1e-6)
     steps_per_epoch = max(1, num_prompts // per_step)
     cfg = replace(cfg, prompts_per_step=per_step, num_epochs=epochs, lr=lr, critic_lr=auto("critic_lr", 10 * lr),
                   num_steps=auto("num_steps", epochs * steps_per_epoch), eval_every=auto("eval_every", min(10, steps_per_epoch)),

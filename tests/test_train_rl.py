@@ -480,6 +480,7 @@ def test_defaults_by_method_size_and_data():
     assert resolve(Config(init="x"), 8e9, 7473, 400).lr == 7e-7
     ppo = resolve(Config(init="x", method="ppo"), 5e8, 7473, 400)
     assert (ppo.kl_coef, ppo.critic_lr, ppo.group_size, ppo.num_minibatches, ppo.adv_scale) == (1e-3, pytest.approx(1e-5), 4, 4, "batch")
+    assert resolve(Config(init="x", method="ppo"), 1e6, 1000, 112).lr == 5e-4           # four updates a step: at 1e-3 some runs collapse
     assert resolve(Config(init="x", method="dapo"), 5e8, 7473, 400).overlong == .2
     assert resolve(Config(init="x"), 1e6, 100, 112).num_epochs == 6 and resolve(Config(init="x"), 1e6, 100, 112).prompts_per_step == 8
     assert resolve(Config(init="x", method="gspo", clip_low=.1), 1e6, 100, 112).clip_low == .1          # an explicit flag wins
