@@ -99,7 +99,7 @@ def frontier_table(runs, kls=(0.1, 0.2, 0.4, 0.8)):
 def tolerance_table(runs, methods=("asft", "exp_rsft", "awr")):
     values = sorted({r["value"] for run in runs.values() for r in run["results"] if r["method"] == "asft"})
     rows = []
-    for m in methods:
+    for m in (m for m in methods if all(m in run["after"] for run in runs.values())):
         of = [[next(r["test"]["true_value"] for r in run["results"] if r["method"] == m and r["value"] == v and r["last"]) - run["before"]["test"]["true_value"]
                for run in runs.values()] for v in values]
         rows.append([m, *(interval(cell) for cell in of), interval([max(c) - min(c) for c in zip(*of)])])
@@ -109,7 +109,7 @@ def tolerance_table(runs, methods=("asft", "exp_rsft", "awr")):
 def hacking_table(runs, kls=(0.5, 1.0, 2.0)):
     """Judge's gain less the true gain at some distances, and the distance where the true value peaks: means over trials, each along its own training."""
     rows = []
-    for m in ("exact", "ppo", "tilt", "dpo", "asft", "exp_rsft"):
+    for m in (m for m in ("exact", "ppo", "tilt", "dpo", "asft", "exp_rsft") if all(m in run["after"] for run in runs.values())):
         gaps, peaks = [[] for _ in kls], []
         for run in runs.values():
             start, found = run["before"]["test"], [[] for _ in kls]
