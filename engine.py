@@ -140,6 +140,7 @@ class Window:
     def __init__(self, model, weights, cache, num_rows, num_steps, temperature, top_p, num_tokens, pool=None):
         device = model.lm_head.weight.device
         self.model, self.weights, self.cache, self.sampling = model, weights, cache, (temperature, top_p, num_tokens)
+        self.cache_size = cache.k.shape[3]                                  # a cache that has grown lies elsewhere
         self.state = torch.zeros(4, num_rows, dtype=torch.int64, device=device)         # ids, lengths, keys, numbers of the next ids in their samples
         self.tokens = torch.zeros(num_steps, num_rows, dtype=torch.int64, device=device)
         self.logps = torch.zeros(num_steps, num_rows, device=device)
@@ -336,6 +337,30 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
         else:
             return True
 
+    windows, pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None            # they run in turn and may share memory
+
+    def leap(slots, ids, lengths):
+        """A window of steps over the first rows, of which `slots` have an id to append; -> {slot: ids to append next} of those that go on."""
+        done = [len(rollouts[running[s][0]][running[s][1]].ids) if s in slots else 0 for s in range(len(ids))]
+        steps = min(window, max(max_new_tokens - done[s] for s in slots))
+        reserve(min(max(lengths) + steps, limit))
+        size = min(4 ** math.ceil(math.log(len(ids), 4)), num_slots)         # a capture costs some steps: few numbers of rows have a graph
+        if size not in windows or windows[size].cache_size != cache.k.shape[3]:
+            windows[size] = Window(model, weights, cache, size, window, temperature, top_p, tokenizer.vocab_size, pool)
+        state = torch.zeros(4, size, dtype=torch.int64)
+        state[:, :len(ids)] = torch.stack([torch.tensor(ids), torch.tensor(lengths), keys[:len(ids)], torch.tensor(done)])
+        state[1, len(ids):] = torch.tensor([running[s][2] if s in running else 0 for s in range(len(ids), size)])        # rows beyond: fillers at their end
+        tokens, logps = windows[size].run(state, steps)
+        append = {}
+        for s in slots:
+            for step in range(steps):
+                running[s][2] += 1
+                if not accept(s, tokens[step][s], logps[step][s]):
+                    break
+            else:
+                append[s] = [tokens[-1][s]]
+        return append
+
     def finish(slot, reason):
         prompt, number, _, _ = running.pop(slot)
         r = rollouts[prompt][number]
@@ -373,8 +398,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
                 running[slot][3] = len(r.ids)
         return append
 
-    pending, windows = {}, {}
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None           # windows run in turn and may share memory
+    pending = {}
     while waiting or running:
         if calling:
             pending |= results(idle=not pending and not (waiting and len(free) >= num_samples))
@@ -417,24 +441,7 @@ def generate(model, tokenizer, prompts, *, num_samples=1, max_new_tokens, temper
             rows = range(slots[-1] + 1)
             ids, lengths = [pending.get(s, [0])[0] for s in rows], [running[s][2] if s in running else 0 for s in rows]
             if window > 1 and weights:
-                steps = min(window, max(max_new_tokens - len(rollouts[running[s][0]][running[s][1]].ids) for s in slots))
-                reserve(min(max(lengths) + steps, limit))
-                size = min(4 ** math.ceil(math.log(len(rows), 4)), num_slots)               # a capture costs some steps: few numbers of rows have a graph
-                if windows.get(size, (None, 0))[1] != cache.k.shape[3]:
-                    windows[size] = Window(model, weights, cache, size, window, temperature, top_p, tokenizer.vocab_size, pool), cache.k.shape[3]
-                state = torch.zeros(4, size, dtype=torch.int64)
-                numbers = [len(rollouts[running[s][0]][running[s][1]].ids) if s in pending else 0 for s in rows]
-                state[:, :len(rows)] = torch.stack([torch.tensor(ids), torch.tensor(lengths), keys[:len(rows)], torch.tensor(numbers)])
-                state[1, len(rows):] = torch.tensor([running[s][2] if s in running else 0 for s in range(len(rows), size)])
-                tokens, logps = windows[size][0].run(state, steps)
-                for s in slots:
-                    del pending[s]
-                    for step in range(steps):
-                        running[s][2] += 1
-                        if not accept(s, tokens[step][s], logps[step][s]):
-                            break
-                    else:
-                        pending[s] = [tokens[-1][s]]
+                pending = {s: ids for s, ids in pending.items() if s not in slots} | leap(slots, ids, lengths)
                 continue
             reserve(max(lengths) + 1)
             logits = (decode(model, weights, cache, ids, lengths) if weights else
