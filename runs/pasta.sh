@@ -13,7 +13,7 @@ mkdir -p "$root"
 
 people() { local s=$1 log=$root/people_$1/sessions
     [ -f $log.jsonl ] || python runs/people.py $root/people_$s --seed=$s --num_users=2000 --num_sessions=4 > /dev/null
-    local data="--data=$log.jsonl --embeddings=$log.npz --truth=$log.truth.jsonl --num_steps=80 --lr=.1 --restarts=3"
+    local data="--data=$log.jsonl --embeddings=$log.npz --truth=$log.truth.jsonl --num_steps=80 --lr=.1 --restarts=6"
     run train_user_model.py A_$s --seed=$s $data --half=a --num_types=4
     run train_user_model.py B_$s --seed=$s $data --half=b --num_types=8 --agg=mean
 }
