@@ -12,13 +12,13 @@ mkdir -p "$root"
 . runs/jobs.sh
 
 people() { local s=$1 log=$root/people_$1/sessions
-    [ -f $log.jsonl ] || python runs/people.py $root/people_$s --seed=$s --num_users=2000 --num_sessions=4 > /dev/null
-    local data="--data=$log.jsonl --embeddings=$log.npz --truth=$log.truth.jsonl --num_steps=80 --lr=.1 --restarts=6"
+    [ -f $log.jsonl ] || python runs/people.py $root/people_$s --seed=$s --num_users=${PEOPLE:-1000} --num_sessions=4 > /dev/null
+    local data="--data=$log.jsonl --embeddings=$log.npz --truth=$log.truth.jsonl --num_steps=80 --lr=.1 --restarts=${RESTARTS:-6}"
     run train_user_model.py A_$s --seed=$s $data --half=a --num_types=4
     run train_user_model.py B_$s --seed=$s $data --half=b --num_types=8 --agg=mean
 }
 agent() { local name=$1 s=$2; shift 2
-    run train_iql.py ${name}_$s --seed=$s --simulator=$root/A_$s --evaluate=world,$root/B_$s --num_steps=${STEPS:-1000} --sim_sessions=${SESSIONS:-20000} --eval_every=0 "$@"
+    run train_iql.py ${name}_$s --seed=$s --simulator=$root/A_$s --evaluate=world,$root/B_$s --num_steps=${STEPS:-1000} --sim_sessions=${SESSIONS:-6000} --eval_every=0 "$@"
 }
 for study in ${STUDIES:-people agents mixed small}; do
     case $study in
