@@ -373,16 +373,24 @@ def posterior_of_users(model, log, embeddings):
 
 
 @torch.no_grad()
-def label_rewards(model, log, embeddings):
-    """(N,) sum_k g(k) R_k(the picked column), g the posterior of the user over everything that it did in this log: a label for training, never an input."""
+def label_rewards(model, log, embeddings, center=False):
+    """(N,) sum_k g(k) (R_k(the picked column) - c_k), g the posterior of the user over everything that it did in this log: a label for training, never an
+    input. c_k: 0, or with `center` the mean of R_k over all picks, weighed by g(k)."""
     g, data = posterior_of_users(model, log, embeddings)
     o = data.observations
-    picked = model.utilities(o.start, o.base, o.images)[torch.arange(len(o.user)), o.choice]                # (N, K)
+    picked = model.utilities(o.start, o.base, o.images)[torch.arange(len(o.user)), o.choice].double().numpy()                # (N, K)
     order = np.argsort(log.user, kind="stable")                               # of sessions, as observations has them
     turns = np.concatenate([np.arange(log.first[s], log.first[s + 1]) for s in order])
-    out = np.empty(len(log.choice))
-    out[turns] = (g[o.user] * picked.double()).sum(1).numpy()
+    g, out = g[o.user].numpy(), np.empty(len(log.choice))
+    out[turns] = (g * (picked - (type_levels(picked, g) if center else 0.0))).sum(1)
     return out
+
+
+def type_levels(rewards, shares):
+    """(K,) mean reward by type; rewards (N,) or (N, K), shares (N, K) of the types in each. Likelihoods of picks and comparisons are blind to a constant that
+    is added to all utilities of a type, so a fitted one means nothing; left in, most of the variance of an agent's rewards would be who the person is."""
+    rewards = rewards if rewards.ndim == 2 else rewards[:, None]
+    return (shares * rewards).sum(0) / np.maximum(shares.sum(0), 1e-12)
 
 
 def world_log(world, seed, *, num_users=700, num_sessions=1, shuffled=False, **settings):

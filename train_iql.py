@@ -105,6 +105,7 @@ class Config:
     score_expert: float = 0.0        # the other end; equal to score_random: no normalised score
     # the algorithm
     reward_scale: Literal["std", "none"] = "std"        # slate: rewards over their deviation in the training data (ours)
+    center_types: bool = True        # slate: what a user model says of picks less its mean by type: picks are silent about a type's level (ours)
     method: str = ""                 # slate: iql | myopic (gamma 0) | bc | oracle (iql, told the types of people of the first of --evaluate), several
                                      # in turn; empty: iql,myopic,bc; offline: iql | bc; empty: iql
     expectile: float = 0.7           # of V over the log's actions: .5 their mean, towards 1 their maximum; antmaze .9 (IQL)
@@ -359,7 +360,7 @@ def open_sessions(cfg, crowds, propose, name):
                     raise ValueError(f"{path}: {int(np.isnan(reward).sum()):,} turns have no reward; --reward_source=model has a user model say it")
                 if cfg.simulator in ("world", "small"):
                     raise ValueError("--reward_source=model: --simulator must be the folder of a user model, the hidden world tells nobody")
-                reward = sessions.label_rewards(crowds.models[cfg.simulator], log, open_embeddings(cfg.embeddings))
+                reward = sessions.label_rewards(crowds.models[cfg.simulator], log, open_embeddings(cfg.embeddings), cfg.center_types)
             logs.append(log), rewards.append(reward), weights.append(np.full(len(log.user), weight / len(log.user)))
         return slate.joined(logs), np.concatenate(rewards), np.concatenate(weights), None
     seed = random_key(cfg.seed, "simulated", name) % 2**31
@@ -371,7 +372,11 @@ def open_sessions(cfg, crowds, propose, name):
     behavior = sessions.behavior_policy(sessions.parse_behavior(cfg.behavior))
     found = sessions.simulate(crowd, crowds.starts(cfg.sim_sessions, seed)[0], behavior, seed=seed, source=f"sim:{crowd_name(name)}",
                               **settings_of(cfg, propose))
-    return found.log, found.log.reward, np.ones(cfg.sim_sessions), found.kind
+    reward = found.log.reward
+    if cfg.center_types and name in crowds.models:
+        of_turn = found.kind[found.log.session]
+        reward = reward - sessions.type_levels(reward, np.eye(crowd.num_kinds)[of_turn])[of_turn]
+    return found.log, reward, np.ones(cfg.sim_sessions), found.kind
 
 
 def held_out(cfg, log):

@@ -596,6 +596,32 @@ def test_rewards_of_a_user_model_against_a_loop(users):
     for s in range(10):
         for n in range(log.first[s], log.first[s + 1]):
             assert got[n] == pytest.approx(float((score[log.user[s]].softmax(0) * R[n][log.choice[n]]).sum()), abs=1e-5)
+    # less the levels of the types, which picks are silent about
+    shares = np.array([score[log.user[s]].softmax(0).numpy() for s in log.session])
+    picked = np.array([R[n][log.choice[n]].numpy() for n in range(len(log.choice))])
+    centered = (shares * (picked - (shares * picked).sum(0) / shares.sum(0))).sum(1)
+    assert np.allclose(sessions.label_rewards(model, log, (found.ids, found.emb), center=True), centered, atol=1e-5)
+
+
+def test_levels_of_types_are_no_reward(users, monkeypatch, no_pictures):
+    """A constant added to all utilities of a type changes no pick, and with --center_types no reward either; without, it is most of what is learned from."""
+    assert np.allclose(sessions.type_levels(np.array([1.0, 3, 10]), np.array([[1, 0], [1, 0], [0, 1.0]])), [2, 10])
+    propose, found = train_iql.open_generator("template", num=2), {}
+    for shift in (0.0, 5.0):
+        for center in (True, False):
+            cfg = Config(**TINY | dict(simulator=users, sim_sessions=60, center_types=center))
+            crowds = train_iql.open_crowds(cfg)
+            model, original = crowds.models[users], crowds.models[users].utilities
+            with torch.no_grad():                                             # types that differ
+                model.taste.copy_(torch.randn(model.taste.shape, generator=torch.Generator().manual_seed(3)))
+            monkeypatch.setattr(model, "utilities", lambda *x, shift=shift, original=original: original(*x) + torch.tensor([0.0, shift]))
+            log, rewards, _, kinds = train_iql.open_sessions(cfg, crowds, propose, users)
+            found[shift, center] = log.choice, rewards, kinds
+    (picks, rewards, kinds), (same_picks, same_rewards, _) = found[0.0, True], found[5.0, True]
+    assert len(set(kinds)) == 2 and np.array_equal(picks, same_picks) and np.allclose(rewards, same_rewards, atol=1e-5) and rewards.std() > .01
+    of_turn = kinds[log.session]
+    assert all(abs(rewards[of_turn == k].mean()) < 1e-9 for k in (0, 1))
+    assert np.allclose(found[5.0, False][1] - found[0.0, False][1], 5.0 * of_turn, atol=1e-5)
 
 
 def test_types_of_simulated_people_follow_real_users(users, no_pictures):

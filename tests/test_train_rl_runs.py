@@ -131,7 +131,7 @@ def test_dry_run_prints_every_resolved_setting(models, capsys):
     prompt_file()
     train_rl.main(Config(**settings(models, dry_run=True, lr=-1.0, num_steps=-1, device_batch_size=-1, method="ppo")))
     out = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if len(line.split(None, 1)) == 2)
-    assert float(out["lr"]) == 1e-3 and float(out["critic_lr"]) == pytest.approx(1e-2) and out["adv_scale"] == "batch" and int(out["num_steps"]) > 0
+    assert float(out["lr"]) == 5e-4 and float(out["critic_lr"]) == pytest.approx(5e-3) and out["adv_scale"] == "batch" and int(out["num_steps"]) > 0
     assert int(out["device_batch_size"]) >= 1 and "critic" in out["memory_estimate_mb"] and not Path("out/dummy").exists()
 
 
