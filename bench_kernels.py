@@ -56,15 +56,19 @@ def quantiles(values):
 
 
 def peak_bytes(function):
-    """Memory at its highest during a call, less what was there before; nan on a CPU."""
+    """Memory at its highest during a call, less what was there before; None on a CPU."""
     if not ON_GPU:
-        return math.nan
+        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def mebibytes(size):
+    return "" if size is None else f"{size / 2**20:8.0f} MiB"
 
 
 def installed(module):
@@ -208,7 +212,7 @@ def bench_head(cfg):
                 rows[name] = r = q | dict(tflops=2 * products * N * D * V / q["p50"] / 1e9, gemms=q["p50"] / gemm / products,
                                           ratio=q["p50"] / quantiles(times["temper"])["p50"], memory=memory[name], errors=found, wrong=wrong)
                 print(f"N={N} D={D} V={V} {mode:>23} {name:>17} {q['p50']:9.2f} ms [{q['p20']:.2f}, {q['p80']:.2f}]  {r['gemms']:5.2f} of {products} GEMM  "
-                      f"x{r['ratio']:.2f}  {r['memory'] / 2**30:6.2f} GiB  " + " ".join(f"{k} {e:.1e}" for k, e in found.items())
+                      f"x{r['ratio']:.2f}  {mebibytes(r['memory'])}  " + " ".join(f"{k} {e:.1e}" for k, e in found.items())
                       + (f"  WRONG: {', '.join(wrong)}" if wrong else ""), flush=True)
             result[f"N={N} D={D} V={V} {mode}"] = rows
     return result
@@ -242,7 +246,7 @@ def bench_hstu(cfg):
             memory = peak_bytes(lambda: (attend if what == "forward" else backward)(name.partition(", ")[2]))
             result[f"L={L} {name}"] = spent | dict(of_limit=spent["p50"] / limit[what], memory=memory)
             print(f"B={B} L={L} H={H} d={d} {name:>30} {spent['p50']:9.2f} ms [{spent['p20']:.2f}, {spent['p80']:.2f}]  "
-                  f"{spent['p50'] / limit[what]:.2f} times the limit  {memory / 2**20:8.0f} MiB", flush=True)
+                  f"{spent['p50'] / limit[what]:.2f} times the limit  {mebibytes(memory)}", flush=True)
     return result
 
 

@@ -15,7 +15,6 @@ mkdir -p $root
 part() { local name=$1; shift; echo "== $name"; "$@" > $root/$name.txt 2>&1 || echo "$name failed: $root/$name.txt"; tail -n ${LINES_SHOWN:-12} $root/$name.txt; }
 
 shape() { python - <<'PY'
-import torch
 import checkpoint
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
